@@ -6,6 +6,8 @@ Not a test. Every figure is the median of repeats in which the two sides take tu
 noisy to both. A ratio above 1 is in our favour; a row that we lose is shown as lost.
 """
 import argparse
+import contextlib
+import io
 import subprocess
 import sys
 import time
@@ -76,7 +78,8 @@ def week01(folder):
         torch.manual_seed(cfg.seed)
         cpu = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
         model = week.MLP((784, cfg.width, cfg.width, 10))
-        log, _, _ = week.train(model, *data, cfg, torch.autocast("cpu", torch.bfloat16, enabled="bf16" in cpu))
+        with contextlib.redirect_stdout(io.StringIO()):
+            log, _, _ = week.train(model, *data, cfg, torch.autocast("cpu", torch.bfloat16, enabled="bf16" in cpu))
         same = next((t for t, reached in log if reached >= accuracy), float("inf"))
         row(1, "MNIST, seconds to the usual script's accuracy", f"{accuracy:.2%} in {seconds:.1f} s", f"{same:.1f} s", seconds / same)
         row(1, "MNIST, errors at the end", f"{1 - accuracy:.2%} in {seconds:.0f} s", f"{1 - log[-1][1]:.2%} in {log[-1][0]:.0f} s",

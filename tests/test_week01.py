@@ -303,7 +303,7 @@ class Mirror:
     """Stands in for torchvision's MNIST: reads as the real one does, but downloads from nowhere."""
     error = None
 
-    def __new__(cls, folder, train=True, download=False, real=week.MNIST):
+    def __new__(cls, folder, train=True, download=False, real=week.datasets.MNIST):
         if download and cls.error:
             raise cls.error
         if download:
@@ -313,7 +313,7 @@ class Mirror:
 
 @pytest.fixture
 def offline(monkeypatch, tmp_path):
-    monkeypatch.setattr(week, "MNIST", Mirror)
+    monkeypatch.setattr(week.datasets, "MNIST", Mirror)
     monkeypatch.setattr(week.socket, "setdefaulttimeout", lambda seconds: None)
     draw = week.drawn_digits
     monkeypatch.setattr(week, "drawn_digits", lambda n: draw(70))
