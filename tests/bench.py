@@ -5,9 +5,11 @@
 Not a test. Every figure is the median of repeats in which the two sides take turns, so that a noisy machine is
 noisy to both. A ratio above 1 is in our favour; a row that we lose is shown as lost.
 """
+
 import argparse
 import contextlib
 import io
+import re
 import subprocess
 import sys
 import time
@@ -22,7 +24,10 @@ sys.path.insert(0, str(ROOT))
 
 
 def row(week, what, theirs, ours, ratio):
-    print(f"{week:>4} | {what:<48} | {theirs:>30} | {ours:>22} | {ratio:7.2f}{'' if ratio >= 1 else '  lost'}", flush=True)
+    print(
+        f"{week:>4} | {what:<48} | {theirs:>30} | {ours:>22} | {ratio:7.2f}{'' if ratio >= 1 else '  lost'}",
+        flush=True,
+    )
 
 
 def medians(theirs, ours, repeats=30, warmup=5):
@@ -45,18 +50,23 @@ def race(week, what, theirs, ours, **options):
 def start_up(week, script, packages):
     """Seconds until --help is there, beside the bare imports that any such script has."""
     command = [sys.executable, "-c", f"import {packages}"], [sys.executable, str(ROOT / script), "--help"]
-    a, b = medians(*(lambda c=c: subprocess.run(c, check=True, capture_output=True) for c in command), repeats=5, warmup=1)
+    a, b = medians(
+        *(lambda c=c: subprocess.run(c, check=True, capture_output=True) for c in command), repeats=5, warmup=1
+    )
     row(week, f"start-up (import {packages})", f"{a:.1f} s", f"{b:.1f} s", a / b)
 
 
 def usual_mnist_script(folder, epochs=3):
     """What a learner usually runs: 784-256-128-10, DataLoader, Adam.   -> (test accuracy, seconds of training)"""
     from torchvision import datasets, transforms
+
     torch.manual_seed(0)
     scale = transforms.Compose([transforms.ToTensor(), transforms.Normalize((0.1307,), (0.3081,))])
     train, test = (datasets.MNIST(folder, train=part, transform=scale) for part in (True, False))
     batches = torch.utils.data.DataLoader(train, batch_size=64, shuffle=True)
-    model = nn.Sequential(nn.Flatten(), nn.Linear(784, 256), nn.ReLU(), nn.Linear(256, 128), nn.ReLU(), nn.Linear(128, 10))
+    model = nn.Sequential(
+        nn.Flatten(), nn.Linear(784, 256), nn.ReLU(), nn.Linear(256, 128), nn.ReLU(), nn.Linear(128, 10)
+    )
     optimizer, seconds = torch.optim.Adam(model.parameters()), time.perf_counter()
     for _ in range(epochs):
         for x, y in batches:
@@ -65,12 +75,15 @@ def usual_mnist_script(folder, epochs=3):
             optimizer.step()
     seconds = time.perf_counter() - seconds
     with torch.no_grad():
-        right = sum((model(x).argmax(1) == y).sum().item() for x, y in torch.utils.data.DataLoader(test, batch_size=1000))
+        right = sum(
+            (model(x).argmax(1) == y).sum().item() for x, y in torch.utils.data.DataLoader(test, batch_size=1000)
+        )
     return right / len(test), seconds
 
 
 def week01(folder):
     import week01_mlp as week
+
     *data, name = week.load_mnist(folder, tiny=False)
     if name == "MNIST":
         accuracy, seconds = usual_mnist_script(folder)
@@ -81,22 +94,47 @@ def week01(folder):
         with contextlib.redirect_stdout(io.StringIO()):
             log, _, _ = week.train(model, *data, cfg, torch.autocast("cpu", torch.bfloat16, enabled="bf16" in cpu))
         same = next((t for t, reached in log if reached >= accuracy), float("inf"))
-        row(1, "MNIST, seconds to the usual script's accuracy", f"{accuracy:.2%} in {seconds:.1f} s", f"{same:.1f} s", seconds / same)
-        row(1, "MNIST, errors at the end", f"{1 - accuracy:.2%} in {seconds:.0f} s", f"{1 - log[-1][1]:.2%} in {log[-1][0]:.0f} s",
-            (1 - accuracy) / (1 - log[-1][1]))
+        row(
+            1,
+            "MNIST, seconds to the usual script's accuracy",
+            f"{accuracy:.2%} in {seconds:.1f} s",
+            f"{same:.1f} s",
+            seconds / same,
+        )
+        row(
+            1,
+            "MNIST, errors at the end",
+            f"{1 - accuracy:.2%} in {seconds:.0f} s",
+            f"{1 - log[-1][1]:.2%} in {log[-1][0]:.0f} s",
+            (1 - accuracy) / (1 - log[-1][1]),
+        )
+    week01_kernels(week)
+
+
+def week01_kernels(week):
     x, y = torch.randn(512, 784), torch.randint(10, (512,))
     ours = week.MLP((784, 512, 512, 10))
     theirs = nn.Sequential(nn.Linear(784, 512), nn.ReLU(), nn.Linear(512, 512), nn.ReLU(), nn.Linear(512, 10))
     for dtype in (torch.float32, torch.bfloat16):
+
         def step(model, loss, dtype=dtype):
             with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
                 logits = model(x)
             loss(logits.float(), y).backward()
-        race(1, f"MLP forward + backward, {dtype}"[:48].replace("torch.", ""), lambda: step(theirs, F.cross_entropy),
-             lambda: step(ours, week.cross_entropy))
+
+        race(
+            1,
+            f"MLP forward + backward, {dtype}"[:48].replace("torch.", ""),
+            lambda: step(theirs, F.cross_entropy),
+            lambda: step(ours, week.cross_entropy),
+        )
     for name, options in (("SGD", dict(lr=1e-9, momentum=0.9)), ("AdamW", dict(lr=1e-9, betas=(0.9, 0.99)))):
-        race(1, f"{name} step beside torch's default", getattr(torch.optim, name)(theirs.parameters(), **options).step,
-             getattr(week, name)(ours.parameters(), **options).step)
+        race(
+            1,
+            f"{name} step beside torch's default",
+            getattr(torch.optim, name)(theirs.parameters(), **options).step,
+            getattr(week, name)(ours.parameters(), **options).step,
+        )
     images = torch.rand(512, 1, 28, 28)
 
     def one_by_one():
@@ -104,7 +142,13 @@ def week01(folder):
         bend = F.interpolate(0.06 * torch.randn(512, 2, 5, 5), (28, 28), mode="bicubic")
         grid = F.affine_grid(theta, (512, 1, 28, 28), align_corners=False) + bend.permute(0, 2, 3, 1)
         return F.grid_sample(images, grid, align_corners=False)
-    race(1, "warp of 512 digits beside affine_grid + interpolate", one_by_one, lambda: week.warp(images, 0.08, 0.07, 0.06))
+
+    race(
+        1,
+        "warp of 512 digits beside affine_grid + interpolate",
+        one_by_one,
+        lambda: week.warp(images, 0.08, 0.07, 0.06),
+    )
     start_up(1, "week01_mlp.py", "torch, torchvision")
 
 
@@ -119,7 +163,7 @@ def main():
     print(f"python {' '.join(sys.argv)}    torch {torch.__version__}, {torch.get_num_threads()} threads\n")
     print(f"week | {'what':<48} | {'otherwise':>30} | {'here':>22} | ratio")
     for name, function in sorted(globals().items()):
-        if name.startswith("week") and callable(function) and args.only in (0, int(name[4:])):
+        if re.fullmatch(r"week\d\d", name) and args.only in (0, int(name[4:])):
             function(args.data)
 
 

@@ -1,4 +1,5 @@
 """What the tests share. Every week*.py at the top level is found here: a new script is tested without being named."""
+
 import os
 import subprocess
 import sys
@@ -12,7 +13,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = sorted(ROOT.glob("week*.py"))
-sys.path.insert(0, str(ROOT))                      # so that a test can say `import week01_mlp`
+sys.path.insert(0, str(ROOT))  # so that a test can say `import week01_mlp`
 
 # Loaded by every Python that a smoke test starts: whoever asks for the network dies with a code of its own.
 NO_NETWORK = """
@@ -27,7 +28,8 @@ socket.getaddrinfo = socket.create_connection = socket.socket.connect = refuse
 @dataclass
 class Run:
     """One finished run of a script."""
-    folder: Path       # where it ran; held nothing but the script before
+
+    folder: Path  # where it ran; held nothing but the script before
     code: int
     out: str
     err: str
@@ -42,8 +44,15 @@ def start(script, folder, *flags):
     guard.mkdir()
     (guard / "sitecustomize.py").write_text(NO_NETWORK)
     env = {**os.environ, "PYTHONPATH": str(guard), "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
-    return subprocess.Popen([sys.executable, script.name, *flags], cwd=folder, env=env, text=True, encoding="utf-8",
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    return subprocess.Popen(
+        [sys.executable, script.name, *flags],
+        cwd=folder,
+        env=env,
+        text=True,
+        encoding="utf-8",
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
 
 
 def run(script, folder, *flags):
@@ -72,6 +81,7 @@ def tiny_runs(tmp_path_factory):
     class Results:
         def __getitem__(self, key):
             return started[key].result()
+
     yield Results()
     pool.shutdown(cancel_futures=True)
 
@@ -84,6 +94,7 @@ def call(module, *flags):
 @pytest.fixture
 def refused(capsys):
     """refused(f, ..., names=...): f(...) must stop with exit code 2 and one line on stderr that has the names in it."""
+
     def expect(function, *args, names=()):
         capsys.readouterr()
         with pytest.raises(SystemExit) as stop:
@@ -93,4 +104,5 @@ def refused(capsys):
         assert len(err.strip().splitlines()) == 1, err
         assert all(name in err for name in names), err
         return err
+
     return expect

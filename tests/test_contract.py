@@ -1,4 +1,5 @@
-"""What all scripts promise alike, held as far as a test can hold it. A new script at the top level is picked up by itself."""
+"""What all scripts promise alike, as far as a test can hold it. A new script is picked up by itself."""
+
 import ast
 import dataclasses
 import importlib
@@ -16,9 +17,20 @@ from conftest import ROOT, SCRIPTS, call, start
 
 PACKAGES = {"torch", "torchvision", "transformers", "diffusers", "safetensors", "pytest"}
 BROUGHT_IN = {"numpy": "numpy", "PIL": "pillow", "tokenizers": "tokenizers", "huggingface_hub": "huggingface-hub"}
-WEEKS = ["week01_mlp", "week02_transformer", "week03_gpt2_inspect", "week04_router", "week05_ddpm_forward",
-         "week06_mini_unet", "week07_sd_hooks", "week08_noisy_router", "week09_lora", "week10_switch",
-         "week11_profile", "week12_lora_router"]
+WEEKS = [
+    "week01_mlp",
+    "week02_transformer",
+    "week03_gpt2_inspect",
+    "week04_router",
+    "week05_ddpm_forward",
+    "week06_mini_unet",
+    "week07_sd_hooks",
+    "week08_noisy_router",
+    "week09_lora",
+    "week10_switch",
+    "week11_profile",
+    "week12_lora_router",
+]
 # Every script has functions of these names, each its own. Any other name that two scripts share means the same code.
 ANATOMY = {"main", "run_checks", "train", "draw", "predict", "evaluate", "sample", "run"}
 BANNERS = ["Config", "Checks", "Data", "Training|Run", "[Pp]ictures?", "Plumbing", "Main"]
@@ -57,6 +69,7 @@ def imports(script):
 
 # ------------------------------------------------------------------------------------------------- the files
 
+
 def test_the_layout_is_fixed():
     assert [script.stem for script in SCRIPTS] == [week for week in WEEKS if (ROOT / f"{week}.py").exists()]
     top = {path.name for path in ROOT.iterdir() if not path.name.startswith((".", "__pycache__"))}
@@ -65,7 +78,9 @@ def test_the_layout_is_fixed():
 
 @each
 def test_inline_metadata_names_just_what_is_imported(script):
-    block = re.match(r"# /// script\n# requires-python = \"(.+)\"\n# dependencies = (\[.+\])\n# ///\n", source(script))
+    block = re.match(
+        r"# /// script\n# requires-python = \"(.+)\"\n# dependencies = (\[.+\])\n# ///\n", source(script)
+    )
     assert block, "the file must begin with its PEP 723 block"
     assert block[1] == ">=3.10"
     names = [re.fullmatch(r"([a-z-]+)>=[\d.]+", requirement)[1] for requirement in json.loads(block[2])]
@@ -80,17 +95,29 @@ def test_imports_nothing_but_the_agreed_packages(script):
 @each
 def test_nothing_dangerous_and_nothing_hidden(script):
     text = source(script)
-    for word in (r"(?<!safetensors\.)torch\.(load|save)\(", "pickle", "trust_remote_code", "matplotlib", "TODO", "FIXME",
-                 "simplified"):
+    for word in (
+        r"(?<!safetensors\.)torch\.(load|save)\(",
+        "pickle",
+        "trust_remote_code",
+        "matplotlib",
+        "TODO",
+        "FIXME",
+        "simplified",
+    ):
         assert not re.search(word, text), word
     for node in ast.walk(tree(script)):
         if isinstance(node, ast.ExceptHandler):
-            assert node.type and getattr(node.type, "id", "") not in ("Exception", "BaseException"), f"line {node.lineno}"
+            assert node.type and getattr(node.type, "id", "") not in (
+                "Exception",
+                "BaseException",
+            ), f"line {node.lineno}"
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
             assert node.func.id not in ("eval", "exec"), f"line {node.lineno}"
 
 
-@pytest.mark.parametrize("path", sorted(ROOT.glob("*.*")) + sorted(ROOT.glob("tests/*.py")), ids=lambda path: path.name)
+@pytest.mark.parametrize(
+    "path", sorted(ROOT.glob("*.*")) + sorted(ROOT.glob("tests/*.py")), ids=lambda path: path.name
+)
 def test_no_path_of_anybody_s_machine(path):
     if path.is_file():
         assert not re.search(r"(?<![\w.])/(home|root|Users|work|mnt)/\w", path.read_text(encoding="utf-8"))
@@ -104,8 +131,11 @@ def test_line_budget(script):
     for node in ast.walk(tree(script)):
         if isinstance(node, ast.FunctionDef):
             assert node.end_lineno - node.lineno < 45, f"{node.name} is too long"
-    comments = [token for token in tokenize.generate_tokens(io.StringIO(source(script)).readline)
-                if token.type == tokenize.COMMENT]
+    comments = [
+        token
+        for token in tokenize.generate_tokens(io.StringIO(source(script)).readline)
+        if token.type == tokenize.COMMENT
+    ]
     assert 0.05 < len(comments) / len(lines) < 0.2
 
 
@@ -144,10 +174,14 @@ def test_helpers_of_one_name_are_the_same_to_the_letter():
 
 # ------------------------------------------------------------------------------------------------- the flags
 
+
 @each
 def test_importing_does_nothing(script, tmp_path):
-    code = (f"import sys; sys.path.insert(0, {str(ROOT)!r}); sys.argv = ['x', '--nonsense']; sys.dont_write_bytecode = True; "
-            f"import torch; torch.manual_seed(3); import {script.stem}; print(torch.initial_seed(), end='')")
+    code = (
+        f"import sys; sys.path.insert(0, {str(ROOT)!r}); sys.argv = ['x', '--nonsense']; "
+        f"sys.dont_write_bytecode = True; "
+        f"import torch; torch.manual_seed(3); import {script.stem}; print(torch.initial_seed(), end='')"
+    )
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (0, "3", "")
     assert not list(tmp_path.iterdir())
@@ -194,8 +228,18 @@ def test_mistakes_get_one_line_and_exit_code_2(script, tmp_path, monkeypatch, re
     (tmp_path / "theirs").mkdir()
     (tmp_path / "theirs" / "metrics.json").write_text("{}")
     mod = module(script)
-    mistakes = [("--nonsense",), ("--see", "1"), ("--seed", "x"), ("--seed", "-1"), ("--device", "toaster"), ("--device", "meta"),
-                ("--device", "cuda:99"), ("--out", "file"), ("--out", "file/below"), ("--out", "theirs")]
+    mistakes = [
+        ("--nonsense",),
+        ("--see", "1"),
+        ("--seed", "x"),
+        ("--seed", "-1"),
+        ("--device", "toaster"),
+        ("--device", "meta"),
+        ("--device", "cuda:99"),
+        ("--out", "file"),
+        ("--out", "file/below"),
+        ("--out", "theirs"),
+    ]
     for field in dataclasses.fields(mod.Config):
         flag = "--" + field.name.replace("_", "-")
         if field.type in (int, float):
@@ -223,6 +267,7 @@ def test_ctrl_c_ends_with_one_line(script, tmp_path):
 
 # -------------------------------------------------------------------------------------------------- the README
 
+
 def commands():
     """Every line of the README's sh blocks."""
     return [line for block in re.findall(r"```sh\n(.*?)```", README, re.S) for line in block.splitlines()]
@@ -245,7 +290,7 @@ def test_readme_commands_parse():
             name = next((word for word in words if word.endswith(".py")), None)
             if name and name.startswith("week"):
                 mod = importlib.import_module(name[:-3])
-                mod.parse_config(mod.Config, mod.TINY, words[words.index(name) + 1:])
+                mod.parse_config(mod.Config, mod.TINY, words[words.index(name) + 1 :])
                 seen += 1
             elif name:
                 assert (ROOT / name).exists(), name

@@ -1,4 +1,5 @@
 """Each script on each device, with --tiny, from an empty folder that holds only that file, without a network."""
+
 import json
 import re
 
@@ -9,8 +10,11 @@ from conftest import SCRIPTS
 from PIL import Image
 from safetensors import safe_open
 
-DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"))]
-MAY_DIFFER = re.compile("second|_ms$|speed|slow|peak")          # figures of time and memory; everything else must agree
+DEVICES = [
+    "cpu",
+    pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")),
+]
+MAY_DIFFER = re.compile("second|_ms$|speed|slow|peak")  # figures of time and memory; everything else must agree
 each = pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.stem)
 on_each_device = pytest.mark.parametrize("device", DEVICES)
 
@@ -84,7 +88,9 @@ def test_pictures_are_pictures(script, device, tiny_runs):
 @on_each_device
 def test_weights_are_safetensors(script, device, tiny_runs):
     run = tiny_runs[script, device, 0]
-    assert not [path for path in (run.folder / "out").rglob("*") if path.suffix in (".pt", ".pth", ".bin", ".pkl", ".ckpt")]
+    assert not [
+        path for path in (run.folder / "out").rglob("*") if path.suffix in (".pt", ".pth", ".bin", ".pkl", ".ckpt")
+    ]
     for path in (run.folder / "out").rglob("*.safetensors"):
         with safe_open(path, "pt") as weights:
             assert list(weights.keys())

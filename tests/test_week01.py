@@ -1,4 +1,5 @@
 """Week 1: every hand-written part against torch, in float64 and with a prime number of everything."""
+
 import copy
 import json
 import math
@@ -25,7 +26,7 @@ def near(a, b, tol=1e-12):
 
 
 def values_and_gradients(function, *inputs):
-    """The output, and the gradients of a weighted sum of it; the weights are all different, so that no swap can hide."""
+    """The output, and the gradients of a weighted sum of it; all weights differ, so that no swap can hide."""
     leaves = [x.clone().requires_grad_(x.is_floating_point()) for x in inputs]
     y = function(*leaves)
     weights = torch.arange(1, y.numel() + 1, dtype=y.dtype).view_as(y)
@@ -44,8 +45,11 @@ def seed():
 
 # ------------------------------------------------------------------------------------------------- autograd
 
+
 def test_linear_is_torch_s():
-    agree(week.linear, F.linear, torch.randn(N, I, dtype=f64), torch.randn(O, I, dtype=f64), torch.randn(O, dtype=f64))
+    agree(
+        week.linear, F.linear, torch.randn(N, I, dtype=f64), torch.randn(O, I, dtype=f64), torch.randn(O, dtype=f64)
+    )
 
 
 def test_linear_leaves_out_the_gradient_that_nobody_asks_for():
@@ -75,19 +79,26 @@ def test_cross_entropy_does_not_overflow():
     assert torch.isfinite(z.grad).all()
 
 
-@pytest.mark.parametrize("function, shapes", [
-    (week.linear, [(N, I), (O, I), (O,)]), (week.relu, [(N, I)]),
-    (lambda z: week.cross_entropy(z, torch.arange(N) % O), [(N, O)])], ids=["linear", "relu", "cross_entropy"])
+@pytest.mark.parametrize(
+    "function, shapes",
+    [
+        (week.linear, [(N, I), (O, I), (O,)]),
+        (week.relu, [(N, I)]),
+        (lambda z: week.cross_entropy(z, torch.arange(N) % O), [(N, O)]),
+    ],
+    ids=["linear", "relu", "cross_entropy"],
+)
 def test_gradients_are_finite_differences(function, shapes):
     assert torch.autograd.gradcheck(function, [torch.randn(shape, dtype=f64, requires_grad=True) for shape in shapes])
 
 
 # -------------------------------------------------------------------------------------------------- modules
 
+
 def test_linear_starts_as_he_says():
     layer = week.Linear(1009, 211)
     assert layer.weight.shape == (211, 1009)
-    assert layer.weight.var().item() == pytest.approx(2 / 1009, rel=0.02)       # Xavier: 2 / 1220; torch: 1 / 3027
+    assert layer.weight.var().item() == pytest.approx(2 / 1009, rel=0.02)  # Xavier: 2 / 1220; torch: 1 / 3027
     assert abs(layer.weight.mean()) < 1e-3
     assert layer.bias.shape == (211,) and not layer.bias.any()
 
@@ -147,12 +158,20 @@ def test_without_relu_an_mlp_is_linear():
 
 # ----------------------------------------------------------------------------------------------- optimizers
 
-@pytest.mark.parametrize("name, options", [
-    ("SGD", dict(lr=0.1)), ("SGD", dict(lr=0.1, momentum=0.0)), ("SGD", dict(lr=0.05, momentum=0.8, weight_decay=0.1)),
-    ("AdamW", dict(lr=0.01)), ("AdamW", dict(lr=0.03, betas=(0.8, 0.95), eps=1e-3, weight_decay=0.3))])
+
+@pytest.mark.parametrize(
+    "name, options",
+    [
+        ("SGD", dict(lr=0.1)),
+        ("SGD", dict(lr=0.1, momentum=0.0)),
+        ("SGD", dict(lr=0.05, momentum=0.8, weight_decay=0.1)),
+        ("AdamW", dict(lr=0.01)),
+        ("AdamW", dict(lr=0.03, betas=(0.8, 0.95), eps=1e-3, weight_decay=0.3)),
+    ],
+)
 def test_optimizer_is_torch_s_for_twenty_steps(name, options):
     ours, theirs = twins()
-    reference = {"momentum": 0.9} if name == "SGD" else {"betas": (0.9, 0.99)}       # our defaults
+    reference = {"momentum": 0.9} if name == "SGD" else {"betas": (0.9, 0.99)}  # our defaults
     a = getattr(week, name)(ours.parameters(), **options)
     b = getattr(torch.optim, name)(theirs.parameters(), **{**reference, **options})
     for step in range(20):
@@ -181,6 +200,7 @@ def test_optimizer_goes_on_from_its_saved_state(optimizer):
             opt.zero_grad()
             (w - 3).square().sum().backward()
             opt.step()
+
     whole = nn.Parameter(torch.zeros(I, dtype=f64))
     first = optimizer([whole], lr=0.01)
     steps(whole, first, 3)
@@ -214,6 +234,7 @@ def test_learning_rate_is_torch_s_cosine_after_a_linear_warmup():
 
 
 # ----------------------------------------------------------------------------------------------------- data
+
 
 def test_warp_of_strength_zero_changes_nothing():
     images = torch.rand(N, 1, 28, 28)
@@ -250,14 +271,16 @@ def test_drawn_digits_are_the_same_for_every_seed_and_too_hard_for_a_linear_mode
     assert labels.bincount(minlength=10).min() > 200
     x = F.pad(images.flatten(1).double() / 255, (0, 1), value=1.0)
     train, test = x[:2500], x[2500:]
-    w = torch.linalg.solve(train.T @ train + torch.eye(785, dtype=f64), train.T @ F.one_hot(labels[:2500], 10).double())
+    w = torch.linalg.solve(
+        train.T @ train + torch.eye(785, dtype=f64), train.T @ F.one_hot(labels[:2500], 10).double()
+    )
     assert 0.4 < ((test @ w).argmax(1) == labels[2500:]).double().mean() < 0.75
 
 
 def test_drawn_digits_show_their_labels():
     images, labels = week.drawn_digits(2000)
     means = torch.stack([images[labels == digit].float().mean(0) for digit in range(10)])
-    for digit in range(10):                     # the average of many is like the plain glyph, whatever the warps
+    for digit in range(10):  # the average of many is like the plain glyph, whatever the warps
         glyph = Image.new("L", (28, 28))
         week.ImageDraw.Draw(glyph).text((14, 14), str(digit), 255, week.ImageFont.load_default(20), "mm")
         glyph = torch.from_numpy(np.array(glyph)).float()
@@ -288,19 +311,22 @@ def test_mnist_is_read_as_it_was_written(tmp_path):
         assert torch.equal(a, b) and a.dtype == b.dtype
 
 
-@pytest.mark.parametrize("file, keep", [("train-images-idx3-ubyte", 0.5), ("t10k-labels-idx1-ubyte", 0), ("train-labels-idx1-ubyte", None)])
+@pytest.mark.parametrize(
+    "file, keep", [("train-images-idx3-ubyte", 0.5), ("t10k-labels-idx1-ubyte", 0), ("train-labels-idx1-ubyte", None)]
+)
 def test_broken_mnist_is_refused(tmp_path, refused, file, keep):
     write_mnist(tmp_path)
     path = tmp_path / "MNIST" / "raw" / file
     if keep is None:
         path.unlink()
     else:
-        path.write_bytes(path.read_bytes()[:int(keep * path.stat().st_size)])
+        path.write_bytes(path.read_bytes()[: int(keep * path.stat().st_size)])
     refused(week.load_mnist, str(tmp_path), True, names=["--data", str(tmp_path)])
 
 
 class Mirror:
     """Stands in for torchvision's MNIST: reads as the real one does, but downloads from nowhere."""
+
     error = None
 
     def __new__(cls, folder, train=True, download=False, real=week.datasets.MNIST):
@@ -327,7 +353,9 @@ def test_mnist_is_downloaded_whole(offline, monkeypatch):
     assert len(list((offline / "MNIST" / "raw").iterdir())) == 4
 
 
-@pytest.mark.parametrize("error", [OSError("unreachable"), TimeoutError("timed out"), RuntimeError("Error downloading x:\nno route")])
+@pytest.mark.parametrize(
+    "error", [OSError("unreachable"), TimeoutError("timed out"), RuntimeError("Error downloading x:\nno route")]
+)
 def test_no_network_means_drawn_digits_and_one_line_that_says_so(offline, monkeypatch, capsys, error):
     monkeypatch.setattr(Mirror, "error", error)
     *tensors, name = week.load_mnist(str(offline), tiny=False)
@@ -345,20 +373,28 @@ def test_other_errors_are_not_swallowed(offline, monkeypatch):
 
 # ------------------------------------------------------------------------------------------------- training
 
+
 def small(**flags):
     """Arguments for train(): a small network, 200 drawn digits, no autocast."""
     images, labels = week.drawn_digits(260)
     cfg = week.Config(**{**dict(epochs=2, batch=50), **flags})
     torch.manual_seed(cfg.seed)
-    return (week.MLP((784, 31, 10)), images[:200], labels[:200], images[200:], labels[200:], cfg,
-            torch.autocast("cpu", torch.bfloat16, enabled=False))
+    return (
+        week.MLP((784, 31, 10)),
+        images[:200],
+        labels[:200],
+        images[200:],
+        labels[200:],
+        cfg,
+        torch.autocast("cpu", torch.bfloat16, enabled=False),
+    )
 
 
 def test_the_kept_model_is_the_running_average(capsys):
     model, *rest = small(epochs=1, batch=200)
     _, answers, average = week.train(model, *rest)
     for a, w in zip(average.parameters(), model.parameters(), strict=True):
-        assert torch.equal(a, w)                # after one step the average of all weights so far is that one
+        assert torch.equal(a, w)  # after one step the average of all weights so far is that one
     assert torch.equal(answers, average(rest[2] / 255).argmax(1))
     model, *rest = small(epochs=3)
     seen, step = [], week.AdamW.step
@@ -366,6 +402,7 @@ def test_the_kept_model_is_the_running_average(capsys):
     def spy(self):
         step(self)
         seen.append([w.detach().clone() for w in self.param_groups[0]["params"]])
+
     week.AdamW.step = spy
     try:
         _, _, average = week.train(model, *rest)
@@ -403,10 +440,18 @@ def test_each_flag_of_the_training_matters():
         model, *rest = small(**flags)
         week.train(model, *rest)
         return torch.cat([w.detach().flatten() for w in model.parameters()])
+
     base = weights()
     assert torch.equal(base, weights())
-    for flags in (dict(seed=3), dict(lr=1e-3), dict(decay=0.0), dict(batch=40), dict(epochs=3), dict(optimizer="sgd"),
-                  dict(ablate="distortion")):
+    for flags in (
+        dict(seed=3),
+        dict(lr=1e-3),
+        dict(decay=0.0),
+        dict(batch=40),
+        dict(epochs=3),
+        dict(optimizer="sgd"),
+        dict(ablate="distortion"),
+    ):
         assert not torch.equal(base, weights(**flags)), flags
 
 
@@ -439,6 +484,7 @@ def test_bfloat16_learns_as_well(monkeypatch):
 
 # ------------------------------------------------------------------------------------- the whole, and its use
 
+
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """A finished --tiny run in this process: (figures, folder)."""
@@ -463,7 +509,9 @@ def test_what_the_ideas_are_worth(trained, tmp_path):
 
 def test_seconds_to_98_is_the_first_time_at_98(tmp_path, monkeypatch):
     log = [(1.5, 0.91), (2.5, 0.981), (3.5, 0.979), (4.5, 0.985)]
-    monkeypatch.setattr(week, "train", lambda model, images, labels, tests, answers, cfg, autocast: (log, answers, model))
+    monkeypatch.setattr(
+        week, "train", lambda model, images, labels, tests, answers, cfg, autocast: (log, answers, model)
+    )
     figures = call(week, "--tiny", "--out", tmp_path)
     assert (figures["seconds_to_98"], figures["train_seconds"], figures["test_accuracy"]) == (2.5, 4.5, 0.985)
 
@@ -486,7 +534,9 @@ def test_predict_reads_test_digits_as_training_did(trained, capsys):
     labels = week.load_mnist("data", True)[3]
     right = [labels[k] == torch.tensor(probabilities(capsys, out, k)).argmax() for k in range(12)]
     assert sum(right) >= 7
-    assert json.loads((out / "metrics.json").read_text())["test_accuracy"] == figures["test_accuracy"], "not overwritten"
+    assert (
+        json.loads((out / "metrics.json").read_text())["test_accuracy"] == figures["test_accuracy"]
+    ), "not overwritten"
 
 
 def test_predict_reads_pictures_of_any_size_white_on_black_or_black_on_white(trained, capsys, tmp_path):
@@ -495,7 +545,9 @@ def test_predict_reads_pictures_of_any_size_white_on_black_or_black_on_white(tra
     agreed = 0
     for digit in range(10):
         ink = Image.new("L", (200, 300))
-        week.ImageDraw.Draw(ink).text((60, 180), str(digit), 255, week.ImageFont.load_default(150), "mm", stroke_width=5)
+        week.ImageDraw.Draw(ink).text(
+            (60, 180), str(digit), 255, week.ImageFont.load_default(150), "mm", stroke_width=5
+        )
         ink.save(tmp_path / "white.png")
         ImageOps.invert(ink).convert("RGB").save(tmp_path / "black.png")
         a = probabilities(capsys, trained[1], tmp_path / "white.png")
@@ -509,7 +561,18 @@ def test_predict_refuses_what_is_not_there(trained, tmp_path, refused):
     for what in ("500", "no/such.png", tmp_path / "text.png"):
         refused(call, week, "--tiny", "--out", trained[1], "--predict", what, names=["--predict", str(what)])
     refused(call, week, "--tiny", "--out", tmp_path / "new", "--predict", "3", names=["--predict 3"])
-    refused(call, week, "--tiny", "--out", trained[1], "--width", 32, "--predict", "3", names=["--predict 3", "layers.0.weight"])
+    refused(
+        call,
+        week,
+        "--tiny",
+        "--out",
+        trained[1],
+        "--width",
+        32,
+        "--predict",
+        "3",
+        names=["--predict 3", "layers.0.weight"],
+    )
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / ".week01_mlp").touch()
     (tmp_path / "broken" / "mlp.safetensors").write_bytes((trained[1] / "mlp.safetensors").read_bytes()[:1000])
@@ -533,9 +596,16 @@ def test_the_picture_shows_each_mistake(trained):
 
 # ------------------------------------------------------------------------------------------------- plumbing
 
-@pytest.mark.parametrize("ours, reference", [
-    ([torch.tensor([1.0, 2.0])], [torch.tensor([1.0, 2.1])]), ([torch.tensor(math.nan)], [torch.tensor(0.0)]),
-    ([torch.zeros(3), torch.tensor([0.0, math.nan])], [torch.zeros(3), torch.zeros(2)]), ([1.0], [math.inf])])
+
+@pytest.mark.parametrize(
+    "ours, reference",
+    [
+        ([torch.tensor([1.0, 2.0])], [torch.tensor([1.0, 2.1])]),
+        ([torch.tensor(math.nan)], [torch.tensor(0.0)]),
+        ([torch.zeros(3), torch.tensor([0.0, math.nan])], [torch.zeros(3), torch.zeros(2)]),
+        ([1.0], [math.inf]),
+    ],
+)
 def test_check_fails_loudly(ours, reference, capsys):
     with pytest.raises(SystemExit) as stop:
         week.check("a claim", ours, reference, 0.05)
@@ -554,16 +624,36 @@ def without_max(ctx, logits, targets):
     return -p.log().gather(1, targets[:, None]).mean()
 
 
-@pytest.mark.parametrize("where, name, broken", [
-    (week.LinearFunction, "backward", staticmethod(lambda ctx, g: (g @ ctx.saved_tensors[1], -g.T @ ctx.saved_tensors[0], g.sum(0)))),
-    (week.LinearFunction, "forward", staticmethod(lambda ctx, x, w, b: ctx.save_for_backward(x, w) or x @ w.T - b)),
-    (week.ReLUFunction, "backward", staticmethod(lambda ctx, g: g)),
-    (week.CrossEntropyFunction, "forward", staticmethod(without_max)),
-    (week.CrossEntropyFunction, "backward", staticmethod(lambda ctx, g: (ctx.saved_tensors[0].exp() * g, None))),
-    (week.SGD, "step", torch.no_grad()(lambda self: [w.sub_(w.grad, alpha=0.1) for w in self.param_groups[0]["params"]])),
-    (week.AdamW, "step", torch.no_grad()(lambda self: [w.sub_(w.grad.sign(), alpha=0.01) for w in self.param_groups[0]["params"]])),
-    (week.nn.init, "zeros_", nn.init.normal_),
-], ids=["dW", "bias", "relu", "softmax", "p - y", "sgd", "adamw", "zero head"])
+@pytest.mark.parametrize(
+    "where, name, broken",
+    [
+        (
+            week.LinearFunction,
+            "backward",
+            staticmethod(lambda ctx, g: (g @ ctx.saved_tensors[1], -g.T @ ctx.saved_tensors[0], g.sum(0))),
+        ),
+        (
+            week.LinearFunction,
+            "forward",
+            staticmethod(lambda ctx, x, w, b: ctx.save_for_backward(x, w) or x @ w.T - b),
+        ),
+        (week.ReLUFunction, "backward", staticmethod(lambda ctx, g: g)),
+        (week.CrossEntropyFunction, "forward", staticmethod(without_max)),
+        (week.CrossEntropyFunction, "backward", staticmethod(lambda ctx, g: (ctx.saved_tensors[0].exp() * g, None))),
+        (
+            week.SGD,
+            "step",
+            torch.no_grad()(lambda self: [w.sub_(w.grad, alpha=0.1) for w in self.param_groups[0]["params"]]),
+        ),
+        (
+            week.AdamW,
+            "step",
+            torch.no_grad()(lambda self: [w.sub_(w.grad.sign(), alpha=0.01) for w in self.param_groups[0]["params"]]),
+        ),
+        (week.nn.init, "zeros_", nn.init.normal_),
+    ],
+    ids=["dW", "bias", "relu", "softmax", "p - y", "sgd", "adamw", "zero head"],
+)
 def test_the_checks_at_the_start_catch_broken_maths(where, name, broken, monkeypatch):
     monkeypatch.setattr(where, name, broken)
     with pytest.raises(SystemExit) as stop:
@@ -581,6 +671,7 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path, refused):
     def interrupted(part):
         part.write_text("half of the n")
         raise KeyboardInterrupt
+
     refused(week.save, tmp_path, "a.json", full_disk, names=["--out", "a.json", "No space left"])
     with pytest.raises(KeyboardInterrupt):
         week.save(tmp_path, "a.json", interrupted)
