@@ -25,6 +25,12 @@ socket.getaddrinfo = socket.create_connection = socket.socket.connect = refuse
 """
 
 
+@pytest.fixture(scope="session", autouse=True)
+def empty_folder(tmp_path_factory):
+    """Tests work in an empty folder: what is in the reader's own data/ must not change them."""
+    os.chdir(tmp_path_factory.mktemp("empty"))
+
+
 @dataclass
 class Run:
     """One finished run of a script."""

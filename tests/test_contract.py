@@ -250,6 +250,8 @@ def test_mistakes_get_one_line_and_exit_code_2(script, tmp_path, monkeypatch, re
             mistakes += [(flag, "no/such/folder")]
     for flags in mistakes:
         refused(call, mod, "--tiny", *flags, names=flags[:1] + flags[1:2])
+    monkeypatch.setattr(mod, "run_checks", lambda *args: pytest.fail("an --out of no use must show before the work"))
+    refused(call, mod, "--tiny", "--out", "theirs")
     assert (tmp_path / "file").read_text() == "in the way"
     assert [path.name for path in (tmp_path / "theirs").iterdir()] == ["metrics.json"]
 

@@ -327,9 +327,10 @@ def test_broken_mnist_is_refused(tmp_path, refused, file, keep):
 class Mirror:
     """Stands in for torchvision's MNIST: reads as the real one does, but downloads from nowhere."""
 
-    error = None
+    error = timeout = None
 
     def __new__(cls, folder, train=True, download=False, real=week.datasets.MNIST):
+        assert not download or cls.timeout <= 5, "a network that answers nothing would hang"
         if download and cls.error:
             raise cls.error
         if download:
@@ -340,9 +341,10 @@ class Mirror:
 @pytest.fixture
 def offline(monkeypatch, tmp_path):
     monkeypatch.setattr(week.datasets, "MNIST", Mirror)
-    monkeypatch.setattr(week.socket, "setdefaulttimeout", lambda seconds: None)
+    monkeypatch.setattr(Mirror, "timeout", None)
+    monkeypatch.setattr(week.socket, "setdefaulttimeout", lambda seconds: setattr(Mirror, "timeout", seconds))
     draw = week.drawn_digits
-    monkeypatch.setattr(week, "drawn_digits", lambda n: draw(70))
+    monkeypatch.setattr(week, "drawn_digits", lambda n: draw(n // 1000))
     return tmp_path
 
 
@@ -499,6 +501,17 @@ def test_the_whole_beats_its_baseline(trained):
     found = json.loads((out / "metrics.json").read_text())
     assert {"test_accuracy", "train_seconds", "seconds_to_98", "baseline_accuracy"} <= found.keys()
     assert found["data"] == "drawn digits" and found["seconds_to_98"] is None
+
+
+def test_the_seed_matters_and_what_is_saved_is_what_was_tested(trained, tmp_path, monkeypatch):
+    kept, train = [], week.train
+    monkeypatch.setattr(week, "train", lambda *args: kept.append(train(*args)) or kept[-1])
+    figures = call(week, "--tiny", "--out", tmp_path, "--seed", 2, "--epochs", 1)
+    other = call(week, "--tiny", "--out", tmp_path, "--seed", 3, "--epochs", 1)
+    assert figures["test_accuracy"] != other["test_accuracy"]
+    saved = week.safetensors.torch.load_file(tmp_path / "mlp.safetensors")
+    for name, weight in kept[-1][2].state_dict().items():
+        assert torch.equal(saved[name], weight)
 
 
 def test_what_the_ideas_are_worth(trained, tmp_path):
