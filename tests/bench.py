@@ -9,6 +9,7 @@ noisy to both. A ratio above 1 is in our favour; a row that we lose is shown as 
 import argparse
 import contextlib
 import io
+import math
 import re
 import subprocess
 import sys
@@ -150,6 +151,90 @@ def week01_kernels(week):
         lambda: week.warp(images, 0.08, 0.07, 0.06),
     )
     start_up(1, "week01_mlp.py", "torch, torchvision")
+
+
+class UsualGPT(nn.Module):
+    """What one would write with torch's own layers, with the sizes and the recipe of nanoGPT's setting for a CPU."""
+
+    def __init__(self, vocabulary, context=64, layers=4, heads=4, width=128):
+        super().__init__()
+        self.tokens, self.places = nn.Embedding(vocabulary, width), nn.Embedding(context, width)
+        layer = nn.TransformerEncoderLayer(width, heads, 4 * width, 0.0, "gelu", batch_first=True, norm_first=True)
+        self.blocks = nn.TransformerEncoder(layer, layers, nn.LayerNorm(width), enable_nested_tensor=False)
+        self.head = nn.Linear(width, vocabulary, bias=False)
+        self.context = context
+        for name, w in self.named_parameters():
+            if w.ndim == 2:
+                nn.init.normal_(w, std=0.02)
+        self.head.weight = self.tokens.weight
+
+    def forward(self, ids):
+        x = self.tokens(ids) + self.places.weight[: ids.shape[1]]
+        mask = nn.Transformer.generate_square_subsequent_mask(ids.shape[1])
+        return self.head(self.blocks(x, mask, is_causal=True))
+
+
+def usual_gpt(week, ids, val, vocabulary, steps=2000, batch=12):
+    """-> (validation loss, seconds): AdamW, warm-up, cosine to a tenth, clipped gradients, float32."""
+    torch.manual_seed(1337)
+    model = UsualGPT(vocabulary)
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-3, (0.9, 0.99), weight_decay=0.1)
+    started = time.perf_counter()
+    for step in range(steps):
+        optimizer.param_groups[0]["lr"] = min(
+            1e-3 * (step + 1) / 100, 1e-4 + 0.5 * 9e-4 * (1 + math.cos(math.pi * step / steps))
+        )
+        text = ids[torch.randint(len(ids) - 64, (batch, 1)) + torch.arange(65)]
+        optimizer.zero_grad()
+        F.cross_entropy(model(text[:, :-1]).flatten(0, 1), text[:, 1:].flatten()).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+    seconds = time.perf_counter() - started
+    return week.evaluate(model.eval(), val), seconds
+
+
+def week02(folder):
+    import week02_transformer as week
+
+    chars, ids, name = week.load_text(week.Config(data=folder))
+    ids, val = ids.tensor_split([int(0.9 * len(ids))])
+    loss, seconds = usual_gpt(week, ids, val, len(chars))
+    cpu = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    for steps in (600, 2000):
+        cfg = week.Config(steps=steps)
+        torch.manual_seed(cfg.seed)
+        model = week.GPT(cfg, len(chars))
+        with contextlib.redirect_stdout(io.StringIO()):
+            autocast = torch.autocast("cpu", torch.bfloat16, enabled="bf16" in cpu)
+            ours, took = week.train(model, ids, val, cfg, chars, autocast)
+        what = f"{name}, validation loss, {steps} steps"
+        row(
+            2,
+            f"{what}: perplexity",
+            f"{loss:.3f} in {seconds:.0f} s",
+            f"{ours:.3f} in {took:.0f} s",
+            math.exp(loss - ours),
+        )
+        row(2, f"{what}: seconds", f"{seconds:.0f} s", f"{took:.0f} s", seconds / took)
+    model.eval()
+    without, cached = medians(
+        lambda: week.sample(model, chars, cfg, 64, False),
+        lambda: week.sample(model, chars, cfg, 64),
+        repeats=9,
+        warmup=1,
+    )
+    row(
+        2, "sampling, characters/s, beside no KV cache", f"{64 / without:.0f}", f"{64 / cached:.0f}", without / cached
+    )
+    q, k, v = (torch.randn(12, 4, 64, 32, dtype=torch.bfloat16, requires_grad=True) for _ in range(3))
+    mask = torch.ones(64, 64, dtype=torch.bool).tril()
+    race(
+        2,
+        "attention, bfloat16, forward + backward",
+        lambda: F.scaled_dot_product_attention(q, k, v, is_causal=True).sum().backward(),
+        lambda: week.attention(q, k, v, mask)[0].sum().backward(),
+    )
+    start_up(2, "week02_transformer.py", "torch, torchvision")
 
 
 def main():
