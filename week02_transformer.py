@@ -9,7 +9,7 @@ The idea: tokens ask (query), offer (key) and tell (value): softmax(Q K^T / sqrt
 
     python week02_transformer.py                            # train on tiny Shakespeare, then write like it
     python week02_transformer.py --prompt ROMEO:            # write on with the trained model
-    python week02_transformer.py --ablate all --position sinusoidal --lr 0.004       # the Transformer of 2017
+    python week02_transformer.py --ablate all --position sinusoidal --lr 0.008       # as in 2017, but AdamW
     torchrun --nproc_per_node=2 week02_transformer.py       # data-parallel: two processes, the same losses
     python week02_transformer.py --layers 6 --heads 6 --width 384 --context 256 --batch 64 --dropout 0.2 # GPU
 

@@ -206,7 +206,7 @@ def week02(folder):
         model = week.GPT(cfg, len(chars))
         with contextlib.redirect_stdout(io.StringIO()):
             autocast = torch.autocast("cpu", torch.bfloat16, enabled="bf16" in cpu)
-            ours, took = week.train(model, ids, val, cfg, chars, autocast)
+            took, ours = week.train(model, ids, val, cfg, chars, autocast)
         what = f"{name}, validation loss, {steps} steps"
         row(
             2,
