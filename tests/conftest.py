@@ -15,9 +15,11 @@ ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = sorted(ROOT.glob("week*.py"))
 sys.path.insert(0, str(ROOT))  # so that a test can say `import week01_mlp`
 
-# Loaded by every Python that a smoke test starts: whoever asks for the network dies with a code of its own.
+# Loaded by every Python that a smoke test starts: whoever asks for the network dies with a code of its own. And
+# Ctrl-C is heard, even where the tests run in the background of a shell, which tells its children not to listen.
 NO_NETWORK = """
-import os, socket
+import os, signal, socket
+signal.signal(signal.SIGINT, signal.default_int_handler)
 def refuse(*args, **kwargs):
     os.write(2, b"the network was touched\\n")
     os._exit(99)

@@ -222,8 +222,9 @@ def test_block_is_torch_s_decoder_layer(x, memory, pre_norm):
     )
 
 
-def test_dropout_acts_in_training_only(x):
-    block = week.TransformerBlock(C, H, 11, pre_norm=True, dropout=0.5).double()
+@pytest.mark.parametrize("pre_norm", [False, True])
+def test_dropout_acts_in_training_only(x, pre_norm):
+    block = week.TransformerBlock(C, H, 11, pre_norm=pre_norm, dropout=0.5).double()
     assert not torch.equal(block(x), block(x))
     block.eval()
     assert torch.equal(block(x), block(x))
@@ -256,6 +257,12 @@ def test_a_cache_changes_nothing(position, parts):
     cache = [[] for _ in model.blocks]
     near(torch.cat([model(part, cache) for part in tokens.split(parts, 1)], 1), model(tokens), 1e-6)
     assert cache[0][0].shape == (B, H, 11, 2 * D)
+
+
+def test_embeddings_start_small_or_as_in_the_paper():
+    for ablate, deviation in (("none", 0.02), ("all", 24**-0.5)):
+        w = week.GPT(config(ablate=ablate), 997).embedding.weight
+        assert w.std().item() == pytest.approx(deviation, rel=0.03) and abs(w.mean()) < 0.003
 
 
 def test_the_embedding_is_the_output_layer():
@@ -460,6 +467,20 @@ def test_windows_come_from_all_over_the_text(monkeypatch):
     assert ((torch.cat(seen)[:, 1:] - torch.cat(seen)[:, :-1]) % 13 == 1).all()
 
 
+def test_each_process_takes_its_share_of_the_batch(monkeypatch):
+    seen = []
+    monkeypatch.setattr(week.nn.parallel, "DistributedDataParallel", lambda model: model)
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda loss: None)
+    for rank, world in ((0, 1), (0, 2), (1, 2)):
+        monkeypatch.setattr(week, "RANK", rank)
+        monkeypatch.setattr(week, "WORLD", world)
+        model, *rest = small(steps=1)
+        model.register_forward_pre_hook(lambda module, given: seen.append(given[0]) if module.training else None)
+        week.train(model, *rest)
+    whole, first, second = seen
+    assert len(whole) == 4 and torch.equal(whole[0::2], first) and torch.equal(whole[1::2], second)
+
+
 def test_a_loss_that_is_not_finite_stops_the_run():
     model, *rest = small()
     with torch.no_grad():
@@ -589,6 +610,11 @@ def test_ideas_and_positions_are_worth_something(trained, tmp_path):
     )
 
 
+def test_the_seed_matters(tmp_path):
+    losses = {call(week, "--tiny", "--out", tmp_path, "--steps", 2, "--seed", seed)["val_loss"] for seed in (2, 3)}
+    assert len(losses) == 2
+
+
 def test_predict_goes_on_with_the_prompt(trained, capsys, refused, tmp_path):
     out = trained[1]
     before = (out / "metrics.json").read_bytes()
@@ -628,6 +654,22 @@ def test_the_picture_shows_who_looks_at_whom(trained):
             assert cells.shape == (24, 24) and cells[0, 0] < 3, "the first token can look at itself only"
             assert (cells[np.triu_indices(24, 1)] == 255).all(), "nobody looks ahead"
             assert (cells[np.tril_indices(24)] < 255).mean() > 0.5
+
+
+def test_the_checks_at_the_start_are_these(capsys):
+    week.run_checks()
+    shown = [re.split(r"  +", line) for line in capsys.readouterr().out.splitlines()]
+    assert [verdict for verdict, *_ in shown] == ["ok"] * 6
+    claims = " ".join(claim for _, claim, *_ in shown)
+    for word in (
+        "scaled_dot_product_attention",
+        "TransformerDecoderLayer",
+        "reversed",
+        "rotary",
+        "future",
+        "KV cache",
+    ):
+        assert word in claims
 
 
 def no_scale(q, k, v, mask=None):
