@@ -385,7 +385,8 @@ def main(cfg):
     result = dict(val_loss=val_loss, baseline_loss=bigram, train_seconds=seconds, tokens=tokens,
                   parameters=sum(w.numel() for w in model.parameters()), tokens_per_second=tokens / seconds)
     if RANK: return result
-    save(cfg.out, "gpt.safetensors", lambda p: p.write_bytes(safetensors.torch.save(model.state_dict())))
+    weights = safetensors.torch.save(model.cpu().state_dict())
+    save(cfg.out, "gpt.safetensors", lambda part: part.write_bytes(weights))
     save(cfg.out, "transformer.png", draw(model, text[-24:], chars).save)
     return finish(cfg, device, result, data=data, weights="from scratch")
 
