@@ -32,7 +32,7 @@ WEEKS = [
     "week12_lora_router",
 ]
 # Every script has functions of these names, each its own. Any other name that two scripts share means the same code.
-ANATOMY = {"main", "run_checks", "train", "draw", "predict", "evaluate", "sample", "run"}
+ANATOMY = {"main", "run_checks", "train", "draw", "predict", "evaluate", "sample", "run", "load"}
 BANNERS = ["Config", "Checks", "Data", "Training|Run", "[Pp]ictures?", "Plumbing", "Main"]
 COMMON = {"device": "auto", "seed": 1337, "tiny": False}
 
@@ -79,11 +79,11 @@ def test_the_layout_is_fixed():
 @each
 def test_inline_metadata_names_just_what_is_imported(script):
     block = re.match(
-        r"# /// script\n# requires-python = \"(.+)\"\n# dependencies = (\[.+\])\n# ///\n", source(script)
+        r"# /// script\n# requires-python = \"(.+)\"\n# dependencies = (\[(?:.+\n)+?)# ///\n", source(script)
     )
     assert block, "the file must begin with its PEP 723 block"
     assert block[1] == ">=3.10"
-    names = [re.fullmatch(r"([a-z-]+)>=[\d.]+", requirement)[1] for requirement in json.loads(block[2])]
+    names = [re.fullmatch(r"([a-z-]+)>=[\d.]+", requirement)[1] for requirement in json.loads(block[2].replace("\n#", "\n"))]
     assert sorted(names) == sorted(BROUGHT_IN.get(name, name) for name in imports(script))
 
 
