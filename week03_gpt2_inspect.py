@@ -152,8 +152,8 @@ def trace_shapes(model, *args, **kwargs):
         return [out] if torch.is_tensor(out) else sum(map(tensors, parts), [])
     def note(module, inputs, output):
         found, count = tensors(output), sum(p.numel() for p in module.parameters())
-        rows.append((paths.get(module), type(module).__name__, [tuple(t.shape) for t in found], count,
-                     sum(t.nbytes for t in found)))
+        if module in paths: rows.append((paths[module], type(module).__name__, [(*t.shape,) for t in found],
+                                         count, sum(t.nbytes for t in found)))
     with torch.no_grad(), torch.nn.modules.module.register_module_forward_hook(note):    # one hook for all
         model(*args, **kwargs)
     return sorted(rows, key=lambda row: [*paths.values()].index(row[0]))
@@ -201,7 +201,7 @@ def run_checks(maps):
     """What needs no weights: the published sizes, and how many pairs of tokens see each other."""
     with torch.device("meta"):
         gpt, bert, t5 = three_families()
-    sizes = [float(sum(p.numel() for p in model.parameters())) for model in (gpt, bert.bert, t5)]
+    sizes = [sum(p.numel() for p in model.parameters()) for model in (gpt, bert.bert, t5)]
     check("parameters of GPT-2, BERT-base, T5-small", sizes, [124_439_808, 109_482_240, 60_506_624], 0)
     check("pairs: the past; all; all + the past + all", [m.sign().sum() for m in maps], [36, 64, 164], 0)
 
@@ -239,9 +239,10 @@ def load(cfg):
             folder, use_safetensors=True, dtype=torch.float32, output_loading_info=True)
         library = transformers.GPT2Tokenizer.from_pretrained(folder).backend_tokenizer
         part = json.loads(library.to_str())["model"]
-        if report["missing_keys"] or len(part["vocab"]) < 257: raise ValueError("no GPT-2 with its tokenizer")
+        fits = END in part["vocab"] and len(part["vocab"]) <= model.config.vocab_size
+        if report["missing_keys"] or not fits: raise ValueError("no GPT-2 with its tokenizer")
         return model.eval(), BPE(part["vocab"], part["merges"]), library, cfg.model
-    except (OSError, ValueError, RuntimeError, KeyError, safetensors.SafetensorError) as error:
+    except (OSError, ValueError, RuntimeError, LookupError, TypeError, safetensors.SafetensorError) as error:
         require(False, f"--model {cfg.model}: {' '.join(str(error).split())}")
 
 # -------------------------------------------------------------------------------------------------------- Run
@@ -272,8 +273,7 @@ def print_thoughts(w, bpe, ids, stream, other):
 # --------------------------------------------------------------------------------------------------- Pictures
 def draw(maps, attention, weights):
     """Left, who sees whom in the three families; right, where each head of GPT-2 looks."""
-    page = Image.new("RGB", (1240, 970), "white")
-    pen = ImageDraw.Draw(page)
+    pen = ImageDraw.Draw(page := Image.new("RGB", (1240, 970), "white"))
     pen.font = ImageFont.load_default(16)
     def paste(m, x, y, side):                                        # what is not 0 is at least a light grey
         grey = bytes((255 - 40 * m.sign() - 215 * (m / m.max()).sqrt()).byte().flatten().tolist())
