@@ -884,6 +884,25 @@ def test_thoughts_are_the_model_s_own(model, bpe, capsys):
             assert line == f"after block {depth:2} | cosine {likeness:6.3f} | next {best}"
 
 
+def test_neighbours_are_tokens_that_there_are(model, bpe, capsys):
+    w, ids = {**weights_of(model)}, bpe.encode(" the capital of Germany, and is")
+    w["wte.weight"] = w["wte.weight"].clone()
+    longest = max(ids, key=lambda i: len(bpe.tokens[i]))
+    w["wte.weight"][331:] = w["wte.weight"][longest]
+    stream = week.gpt2(w, model.config, torch.tensor([ids]))[1]
+    capsys.readouterr()
+    week.print_thoughts(w, bpe, ids, stream, stream)
+    assert not [line for line in capsys.readouterr().out.splitlines()[:3] if re.search(r"'<\d+>'", line)]
+
+
+def test_an_error_of_many_lines_becomes_one(folder, monkeypatch, refused):
+    def fail(*args, **options):
+        raise OSError("first\n\n  second\n")
+
+    monkeypatch.setattr(transformers.GPT2LMHeadModel, "from_pretrained", fail)
+    refused(week.load, config(model=str(folder)), names=["--model", "first second"])
+
+
 @pytest.fixture(scope="module")
 def finished(folder, tmp_path_factory):
     """A finished run with the folder as its model: (figures, folder of the results)."""
@@ -956,7 +975,7 @@ def test_the_longest_text_that_fits_is_written(tmp_path, folder, capsys):
     assert "\nRESULT " in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("name", ["logits", "encode", "decode", "kept"])
+@pytest.mark.parametrize("name", ["logits", "encode", "split", "decode", "kept"])
 def test_a_wrong_result_stops_the_run(name, tmp_path, monkeypatch, capsys, folder):
     right = getattr(week, "gpt2"), week.BPE.encode, week.BPE.decode, week.trace_shapes
     if name == "logits":
@@ -964,6 +983,9 @@ def test_a_wrong_result_stops_the_run(name, tmp_path, monkeypatch, capsys, folde
         monkeypatch.setattr(week, "gpt2", wrong)
     elif name == "encode":
         monkeypatch.setattr(week.BPE, "encode", lambda self, text: right[1](self, text.replace("\x1c", " ")))
+    elif name == "split":  # nothing is lost, but these are not the library's ids
+        spell = lambda self, text: [self.ids[week.VISIBLE[b]] for b in text.encode()]  # noqa: E731
+        monkeypatch.setattr(week.BPE, "encode", lambda self, text: (spell if "x" in text else right[1])(self, text))
     elif name == "decode":
         monkeypatch.setattr(week.BPE, "decode", lambda self, ids: right[2](self, ids).replace("\x85", " "))
     else:
@@ -979,7 +1001,7 @@ def test_a_wrong_result_stops_the_run(name, tmp_path, monkeypatch, capsys, folde
     with pytest.raises(SystemExit) as stop:
         call(week, "--tiny", "--out", tmp_path, "--model", folder)
     assert stop.value.code == 1
-    claim = {"logits": "gpt2()", "encode": "tokens of a nasty", "decode": "tokens of a nasty", "kept": "bytes of a KV"}
+    claim = {"split": "tokens of a nasty", "logits": "gpt2()", "encode": "tokens of a nasty", "decode": "tokens of a nasty", "kept": "bytes of a KV"}
     assert f"FAIL {claim[name]}" in capsys.readouterr().out
 
 
@@ -988,12 +1010,13 @@ def test_the_seed_matters_to_random_weights_only(tmp_path, monkeypatch):
 
     def write(model, w, tokens, cfg):
         seen.append(w["h.1.mlp.c_fc.weight"].clone())
-        return [1, 2, 3], 1.0, 1.0
+        return [1, 2, 3], 7.0, 3.0
 
     monkeypatch.setattr(week, "write", write)
     losses = []
     for seed in (2, 2, 3):
-        call(week, "--tiny", "--out", tmp_path, "--vocab", 257, "--seed", seed)
+        figures = call(week, "--tiny", "--out", tmp_path, "--vocab", 257, "--seed", seed)
+        assert (figures["tokens_per_second"], figures["baseline_tokens_per_second"]) == (7, 3)
         losses.append(json.loads((tmp_path / "metrics.json").read_text())["losses"])
     assert torch.equal(seen[0], seen[1]) and not torch.equal(seen[0], seen[2])
     assert losses[0] == losses[1] == losses[2]
