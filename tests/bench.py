@@ -237,6 +237,38 @@ def week02(folder):
     start_up(2, "week02_transformer.py", "torch, torchvision")
 
 
+def week03(folder):
+    import transformers
+    import week03_gpt2_inspect as week
+
+    torch.manual_seed(1337)
+    transformers.logging.set_verbosity_error()
+    model = transformers.GPT2LMHeadModel(transformers.GPT2Config()).eval()
+    w, tokens = model.transformer.state_dict(), torch.randint(50257, (1, 13))
+    options = dict(max_new_tokens=48, do_sample=False, pad_token_id=0, eos_token_id=None)
+    theirs, ours = medians(
+        lambda: model.generate(tokens, attention_mask=torch.ones_like(tokens), **options),
+        lambda: week.generate(w, model.config, tokens, 48),
+        repeats=7,
+        warmup=1,
+    )
+    row(3, "GPT-2 writes, tokens/s, beside generate", f"{48 / theirs:.1f}", f"{48 / ours:.1f}", theirs / ours)
+    without, cached = medians(
+        lambda: week.generate(w, model.config, tokens, 48, False),
+        lambda: week.generate(w, model.config, tokens, 48),
+        repeats=3,
+        warmup=1,
+    )
+    row(3, "the same, beside no KV cache", f"{48 / without:.1f}", f"{48 / cached:.1f}", without / cached)
+    text = "\n".join(week.topics.values())[:100_000]
+    library = week.tokenizers.ByteLevelBPETokenizer()
+    library.train_from_iterator([text], 999, 2, show_progress=False)
+    bpe = week.BPE.train(text, 1000)
+    race(3, "100,000 characters -> ids, beside tokenizers (Rust)", lambda: library.encode(text).ids,
+         lambda: bpe.encode(text), repeats=3, warmup=1)  # fmt: skip
+    start_up(3, "week03_gpt2_inspect.py", "torch, transformers")
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", default="data", help="folder of the data sets")
