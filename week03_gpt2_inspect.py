@@ -199,8 +199,7 @@ def compare(gpt, bert, t5, n=8):
 # ----------------------------------------------------------------------------------------------------- Checks
 def run_checks(maps):
     """What needs no weights: the published sizes, and how many pairs of tokens see each other."""
-    with torch.device("meta"):
-        gpt, bert, t5 = three_families()
+    with torch.device("meta"): gpt, bert, t5 = three_families()
     sizes = [sum(p.numel() for p in model.parameters()) for model in (gpt, bert.bert, t5)]
     check("parameters of GPT-2, BERT-base, T5-small", sizes, [124_439_808, 109_482_240, 60_506_624], 0)
     check("pairs: the past; all; all + the past + all", [m.sign().sum() for m in maps], [36, 64, 164], 0)
@@ -351,6 +350,7 @@ def main(cfg):
     """Check, load, look inside, write, draw.  Returns the figures of the RESULT line."""
     for flag, low, high in ("seed", 0, 2**63), ("tokens", 1, 10**6), ("vocab", 257, 50_257):
         require(low <= getattr(cfg, flag) <= high, f"--{flag} {getattr(cfg, flag)}: must be {low} to {high}")
+    require(not re.search("[\ud800-\udfff]", cfg.prompt + cfg.versus), "--prompt, --versus: must be in UTF-8")
     device = pick_device(cfg.device)
     save(cfg.out, ".started", Path.touch)            # an --out that cannot be written shows now, not later
     transformers.logging.set_verbosity_error(); transformers.logging.disable_progress_bar()

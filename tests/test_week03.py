@@ -965,6 +965,8 @@ def test_sizes_that_do_not_fit_are_refused(tmp_path, refused, folder):
     refused(call, week, *tiny, "--vocab", 100, names=["--vocab 100", "257"])
     refused(call, week, *tiny, "--vocab", 50_258, names=["--vocab 50258", "50257"])
     refused(call, week, *tiny, "--prompt", "qx" * 60, names=["--prompt: 120 tokens", "127"])
+    for flag in ("--prompt", "--versus"):
+        refused(call, week, *tiny, flag, "caf\udce9 is it", names=[flag, "UTF-8"])  # bytes of another encoding
 
 
 def test_the_longest_text_that_fits_is_written(tmp_path, folder, capsys):
