@@ -1,6 +1,6 @@
 # /// script
 # requires-python = ">=3.10"
-# dependencies = ["torch>=2.9", "transformers>=5.0", "huggingface-hub>=1.0", "tokenizers>=0.22",
+# dependencies = ["torch>=2.9", "transformers>=5.1", "huggingface-hub>=1.3", "tokenizers>=0.22",
 #                 "safetensors>=0.4", "pillow>=10.1"]
 # ///
 """Week 3: GPT-2 from the inside. Every tensor's shape, the model as tensor maths, its tokens, its thoughts.
@@ -384,7 +384,7 @@ def main(cfg):
     kept = [float(sum(t.nbytes for x in theirs.past_key_values.layers for t in (x.keys, x.values)))]
     check("bytes of a KV cache == 2 L H S 4", kept, [2 * config.n_layer * H * S * 4], 0)
     written, rate, baseline = write(model, w, tokens, cfg)
-    print(repr(bpe.decode(written)))
+    print(f"{bpe.decode(written)!r}{', which is noise: the weights are random' * (weights == 'random')}")
     save(cfg.out, "gpt2.png", draw(maps, torch.cat(attention).cpu(), weights).save)
     result = dict(parameters=rows[0][3], tokens_per_second=rate,
                   baseline_tokens_per_second=baseline, bytes_per_token=len(cfg.prompt.encode()) / S)
