@@ -83,7 +83,8 @@ def test_inline_metadata_names_just_what_is_imported(script):
     )
     assert block, "the file must begin with its PEP 723 block"
     assert block[1] == ">=3.10"
-    names = [re.fullmatch(r"([a-z-]+)>=[\d.]+", requirement)[1] for requirement in json.loads(block[2].replace("\n#", "\n"))]
+    listed = json.loads(block[2].replace("\n#", "\n"))
+    names = [re.fullmatch(r"([a-z-]+)>=[\d.]+", requirement)[1] for requirement in listed]
     assert sorted(names) == sorted(BROUGHT_IN.get(name, name) for name in imports(script))
 
 
