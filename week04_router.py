@@ -233,7 +233,7 @@ def train(router, texts, y, cfg):
         if "position" in name: w.requires_grad_(False).zero_()
     head, dice = nn.Linear(router.D, len(router.notes["labels"])).to(y.device), random.Random(cfg.seed)
     optimizer = torch.optim.AdamW([*router.tower.parameters(), *head.parameters()], weight_decay=0.1)
-    batches = [batch for _ in range(20) for batch in torch.randperm(len(texts)).split(32)]
+    batches = [batch for _ in range(5 if cfg.tiny else 20) for batch in torch.randperm(len(texts)).split(32)]
     n, clock, start = len(batches), time.perf_counter, time.perf_counter()
     for step, batch in enumerate(batches, 1):      # the learning rate rises for 10 % of the steps, then falls
         optimizer.param_groups[0]["lr"] = 6e-3 * min(10 * step, 1.1 * (n - step)) / n
