@@ -13,8 +13,8 @@ for each module; where even the largest is small, the prompt belongs to none.
     python week04_router.py --route "draw a red circle"   # a decision as JSON, and the module does it
     python week04_router.py --prompts mine.tsv            # modules of your own: lines of module TAB prompt
 
-Expected: 99 % of the test prompts right, a bag of words 95 %; 97.6 % against 96.8 % on CLINC150.
-PLACEHOLDER
+Expected: 99.6 % of the test prompts (99.2 to 100, three seeds) after 7 s on one core; a bag of words 93.8 %.
+On 15 intents of CLINC150, 98.0 % (96.7 to 98.7, five draws); TF-IDF and scikit-learn's classifier 96.8 %.
 """
 import argparse, ast, collections, http.client, inspect, itertools, json, math, operator, os, random, re, sys
 import time, urllib.request
@@ -72,7 +72,7 @@ class Router(nn.Module):
         return torch.cat([F.normalize(torch.cat(x)), F.normalize(torch.tensor(bags)).to(x[0])], 1)
 words = lambda text: collections.Counter(re.findall(r"\w+", text.lower()))                 # {word: how often}
 
-# -------------------------------------------------------------------------- Features to scores to a decision
+# --------------------------------------------------------------------------- Features to scores to a decision
 def fit(net, x, y, decay=0.1):
     """argmin sum_n -log softmax(net(x_n))_y + decay |W|^2 / 2, by L-BFGS.   x (N, D), y (N) -> net, frozen
     Logistic regression, a linear layer, ends at X^T (P - onehot(y)) = -decay W (Bishop 2006, Eq. 4.109)."""

@@ -13,6 +13,7 @@ import math
 import re
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -267,6 +268,40 @@ def week03(folder):
     race(3, "100,000 characters -> ids, beside tokenizers (Rust)", lambda: library.encode(text).ids,
          lambda: bpe.encode(text), repeats=3, warmup=1)  # fmt: skip
     start_up(3, "week03_gpt2_inspect.py", "torch, transformers")
+
+
+def week04(folder):
+    import transformers
+    import week04_router as week
+
+    with contextlib.redirect_stdout(io.StringIO()):
+        parts, labels = week.load_prompts(week.Config())
+        texts = [*parts["test"]][:64]
+        config = transformers.CLIPTextConfig(bos_token_id=0, eos_token_id=1)  # the text tower of ViT-B/32, noise
+        notes = week.make_notes([*parts["train"]], labels, "random")
+        tower = transformers.CLIPTextModelWithProjection(config).eval().requires_grad_(False)
+        router = week.Router(notes, (week.tokenizers.Tokenizer.from_str(notes["tokenizer"]), tower)).eval()
+    full = router.tokens([*texts, "a" + " b" * 99])[:-1]
+    assert torch.allclose(tower(full).text_embeds, tower(router.tokens(texts)).text_embeds, atol=1e-4)
+    race(4, "64 prompts through CLIP, beside padding to 77", lambda: tower(full), lambda: router.encode(texts),
+         repeats=5, warmup=1)  # fmt: skip
+    figures = {}
+    for seed in (1337, 1, 2):
+        with contextlib.redirect_stdout(io.StringIO()):
+            out = f"{tempfile.mkdtemp()}/out"
+            figures[seed] = week.main(week.Config(model="random", seed=seed, out=out))
+    wrong, ours = (sum(1 - f[key] for f in figures.values()) / 3 for key in ("baseline_accuracy", "test_accuracy"))
+    row(4, "wrong decisions, beside a bag of words", f"{wrong:.2%}", f"{ours:.2%}", wrong / max(ours, 1e-9))
+    one = sum(f["route_ms"] for f in figures.values()) / 3
+    bags = week.fit(nn.Linear(len(notes["idf"]), len(labels)), torch.rand(99, len(notes["idf"])), torch.arange(99) % 6)
+
+    def bag(text):
+        count = week.words(text)
+        return bags(F.normalize(torch.tensor([[count[word] * idf for word, idf in notes["idf"].items()]])))
+
+    alone = 1e3 * medians(lambda: bag(texts[0]).argmax().item(), lambda: None)[0]
+    row(4, "ms for a decision, beside a bag of words", f"{alone:.2f} ms", f"{one:.2f} ms", alone / one)
+    start_up(4, "week04_router.py", "torch, transformers")
 
 
 def main():
