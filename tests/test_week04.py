@@ -107,6 +107,8 @@ def test_calibration_error_is_the_sum_over_bins():
     assert week.calibration_error(sure, right) == pytest.approx(total, abs=1e-5)
     assert week.calibration_error(torch.ones(3), torch.tensor([True] * 3)) == 0
     assert week.calibration_error(torch.zeros(3), torch.tensor([False] * 3)) == 0
+    two_bins = week.calibration_error(torch.tensor([0.03, 0.1]), torch.tensor([True, False]))
+    assert two_bins == pytest.approx((0.97 + 0.1) / 2), "gaps of two bins do not cancel"
 
 
 def test_auroc_is_the_share_of_pairs():
