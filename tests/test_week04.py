@@ -171,6 +171,18 @@ def test_each_head_sees_its_own_half_of_the_features():
     assert rows["class means"]["test_accuracy"] == pytest.approx(share(x["test"][:, :D] @ F.normalize(means).T))
 
 
+def test_the_mlp_of_the_table_bends():
+    router, x, y, *_ = table_of()
+    corners = torch.tensor([[0.0, 0], [0, 1], [1, 0], [1, 1]])
+    for part in x:
+        n = len(y[part])
+        x[part][:, :5] = F.pad(corners[torch.arange(n) % 4], (0, 3))
+        y[part] = torch.where(y[part] >= 0, torch.tensor([0, 1, 1, 0])[torch.arange(n) % 4], -1)
+    y["train"][:3] = 2  # all three modules occur
+    rows, _ = week.evaluate(router, x, y, torch.randn(3, 12))
+    assert rows["MLP"]["test_accuracy"] > 0.95 > rows["logistic"]["test_accuracy"]
+
+
 def test_temperature_and_threshold_come_from_validation_alone():
     torch.manual_seed(0)
     router, x, y, *_ = table_of()
@@ -360,6 +372,10 @@ def test_wrong_model_folders_are_refused(clip, tmp_path, refused):
     (tmp_path / "notok" / "tokenizer.json").write_bytes((clip / "tokenizer.json").read_bytes())
     (tmp_path / "notok" / "model.safetensors").write_bytes(b"broken")
     refused(load, tmp_path / "notok", names=["--model"])
+    (tmp_path / "notok" / "model.safetensors").unlink()
+    weights = week.safetensors.torch.load_file(clip / "model.safetensors")
+    torch.save(weights, tmp_path / "notok" / "pytorch_model.bin")
+    refused(load, tmp_path / "notok", names=["--model"])  # a pickle is not opened
     size = dict(n_embd=8, n_layer=1, n_head=1, n_positions=16, vocab_size=514)
     transformers.GPT2LMHeadModel(transformers.GPT2Config(**size)).save_pretrained(tmp_path / "gpt")
     (tmp_path / "gpt" / "tokenizer.json").write_bytes((clip / "tokenizer.json").read_bytes())
