@@ -20,6 +20,7 @@ f64 = torch.float64
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)
+    transformers.logging.disable_progress_bar()
 
 
 # ------------------------------------------------------------------------------------------------- features
