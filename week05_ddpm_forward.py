@@ -143,7 +143,7 @@ def sample(model, schedule, cfg, n, device):
         else: x = schedule.ddpm(x, x0, t, dice, large=cfg.sampler == "ddpm-large")
     return [*way, (0, x)]
 
-# ------------------------------------------------------------------------------------------- How good is it?
+# -------------------------------------------------------------------------------------------- How good is it?
 def mean_distance(x, y):
     """Mean of |x_i - y_j| over all pairs, added up in float64.   x (N, D), y (M, D) -> float"""
     rows = (torch.cdist(part, y).sum(1).cpu().double().sum() for part in x.split(500))
