@@ -304,6 +304,84 @@ def week04(folder):
     start_up(4, "week04_router.py", "torch, transformers")
 
 
+class UsualUNet(nn.Module):
+    """What one would write with torch's own layers: two 3x3 convolutions with batch norm per level, max-pooling,
+    transposed convolutions, skips; at full resolution, the level as a second input channel."""
+
+    def __init__(self, width=24):
+        super().__init__()
+
+        def block(i, o):
+            halves = [nn.Sequential(nn.Conv2d(a, o, 3, padding=1), nn.BatchNorm2d(o), nn.ReLU()) for a in (i, o)]
+            return nn.Sequential(*halves)
+
+        w = width
+        self.a, self.b, self.c = block(2, w), block(w, 2 * w), block(2 * w, 4 * w)
+        self.up_b, self.up_a = nn.ConvTranspose2d(4 * w, 2 * w, 2, 2), nn.ConvTranspose2d(2 * w, w, 2, 2)
+        self.d, self.e, self.out = block(4 * w, 2 * w), block(2 * w, w), nn.Conv2d(w, 1, 1)
+
+    def forward(self, y, sigma, swap=False):
+        a = self.a(torch.cat([y, sigma.view(-1, 1, 1, 1).expand_as(y)], 1))
+        b = self.b(F.max_pool2d(a, 2))
+        b = self.d(torch.cat([self.up_b(self.c(F.max_pool2d(b, 2))), b], 1))
+        return self.out(self.e(torch.cat([self.up_a(b), a], 1)))
+
+
+def usual_unet(model, x, seconds, batch=64):
+    """Adam at 1e-3 on the mean squared error, noise of any level, for as long as the other side had."""
+    optimizer, started, model = torch.optim.Adam(model.parameters(), 1e-3), time.perf_counter(), model.train()
+    while time.perf_counter() - started < seconds:
+        clean = x[torch.randint(len(x), (batch,))]
+        sigma = 0.05 + 0.95 * torch.rand(batch)
+        guess = model(clean + sigma.view(-1, 1, 1, 1) * torch.randn_like(clean), sigma)
+        optimizer.zero_grad()
+        F.mse_loss(guess, clean).backward()
+        optimizer.step()
+    return model.eval()
+
+
+def week06(folder):
+    import diffusers
+    import week06_mini_unet as week
+
+    cfg = week.Config(data=folder)
+    x, test, *_, name = week.load_images(cfg)
+    torch.manual_seed(cfg.seed)
+    model = week.MiniUNet(cfg.width, 2, x.mean(), x.std()).to(memory_format=torch.channels_last)
+    with contextlib.redirect_stdout(io.StringIO()):
+        ours, took = week.train(model, x, cfg, torch.autocast("cpu", enabled=False))
+    size = lambda m: sum(w.numel() for w in m.parameters()) / 1e6  # noqa: E731
+
+    class Diffusers(nn.Module):
+        """diffusers' UNet2DModel of about our size, with the level in its time embedding."""
+
+        def __init__(self):
+            super().__init__()
+            down, up = ("DownBlock2D",) * 3, ("UpBlock2D",) * 3
+            self.net = diffusers.UNet2DModel(
+                16, 1, 1, down_block_types=down, up_block_types=up, block_out_channels=(8, 16, 32), layers_per_block=1,
+                norm_num_groups=4, add_attention=False,
+            )  # fmt: skip
+
+        def forward(self, y, sigma, swap=False):
+            return self.net(y, 1000 * sigma).sample
+
+    linear, psnr = week.wiener(x), {}
+    rivals = {"Wiener": None, "a usual U-Net": UsualUNet(), "diffusers' UNet2DModel": Diffusers()}
+    for rival, net in rivals.items():
+        net = net and usual_unet(net, x, took)
+        for sigma in (0.05, 0.5):
+            y = week.noisy(test, sigma)
+            theirs = week.psnr(week.denoise(net, y, sigma) if net else linear(y, sigma), test)
+            psnr.setdefault(sigma, week.psnr(week.denoise(ours, y, sigma), test))
+            note = f", {size(net):.2f} M, {took:.0f} s" if net else ""
+            row(6, f"{name}, noise {sigma}, beside {rival}: errors", f"{theirs:.2f} dB{note}",
+                f"{psnr[sigma]:.2f} dB, {size(ours):.2f} M", 10 ** ((psnr[sigma] - theirs) / 10))  # fmt: skip
+    h, w, b = torch.randn(48, 32, 8, 8).to(memory_format=torch.channels_last), torch.ones(32), torch.zeros(32)
+    race(6, "group norm by hand, beside torch's", lambda: F.group_norm(h, 4, w, b), lambda: week.group_norm(h, 4, w, b))
+    start_up(6, "week06_mini_unet.py", "torch, torchvision")
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", default="data", help="folder of the data sets")
