@@ -24,7 +24,6 @@ WEEKS = [
     "week04_router",
     "week05_ddpm_forward",
     "week06_mini_unet",
-    "week06_mini_unet",
     "week07_sd_hooks",
     "week08_noisy_router",
     "week09_lora",
