@@ -1,6 +1,6 @@
 # /// script
 # requires-python = ">=3.10"
-# dependencies = ["torch>=2.9", "torchvision>=0.24", "safetensors>=0.4", "pillow>=10.1"]
+# dependencies = ["torch>=2.9", "torchvision>=0.24", "safetensors>=0.4.5", "pillow>=10.1"]
 # ///
 """Week 5: diffusion. The formulas of the way into noise and back, proved; then the way back, learned.
 
@@ -13,8 +13,8 @@ A network that says which part of x_t is noise, trained by least squares, is all
     python week05_ddpm_forward.py --sampler ddim --calls 20        # fewer calls of the network, no dice
     python week05_ddpm_forward.py --schedule linear --ablate rescale    # a chain too short to end in noise
 
-Expected: 1.17 times (0.97 to 1.38, three seeds) as far from fresh data as two fresh sets are from each other,
-by energy distance, after 27 s of training on one core (71 s in all); a Gaussian of the same moments 34 times.
+Expected: 1.03 times the energy distance of two fresh sets of 10,000 points (0.86 to 1.17, seeds 1337, 1, 2),
+after 31 s of training on one core; a Gaussian of the same mean and covariance: 34 times.
 """
 import argparse, copy, inspect, itertools, json, math, os, socket, sys, tempfile, time
 from dataclasses import asdict, dataclass, fields
@@ -41,12 +41,12 @@ class Config:
     timesteps: int = 200       # T, the length of the chain; the papers take 1000
     zero_snr: bool = False     # bend the schedule so that nothing at all of the data is left at T
     target: Literal["v", "eps", "x0"] = "v"                          # what the network is asked for
-    sampler: Literal["ddim", "ddpm", "ddpm-large"] = "ddim"          # no dice, or sigma^2 small, or large
+    sampler: Literal["ddpm", "ddpm-large", "ddim"] = "ddpm"          # large: sigma^2 = beta; ddim: no dice
     calls: int = 0             # of the network, per sample, with ddim; 0 = T
-    width: int = 96            # units per layer
-    layers: int = 5            # hidden layers, each with a residual path past it
+    width: int = 64            # units per layer
+    layers: int = 6            # hidden layers, each with a residual path past it
     batch: int = 512           # points per step
-    steps: int = 9000          # optimizer steps
+    steps: int = 12000         # optimizer steps
     lr: float = 6e-3           # peak learning rate, reached after the warm-up
     ablate: Literal["none", "rescale", "noise"] = "none"   # take one idea away
 TINY = dict(timesteps=20, width=32, layers=3, batch=256, steps=1500)
@@ -149,7 +149,7 @@ def mean_distance(x, y):
     rows = (torch.cdist(part, y).sum(1).cpu().double().sum() for part in x.split(500))
     return sum(rows).item() / len(x) / len(y)
 def energy_distance(xs, ys):
-    """2 E|X - Y| - E|X - X'| - E|Y - Y'| over all pairs (Szekely & Rizzo 2013, Eq. 6.1; no root is taken): 0
+    """2 E|X - Y| - E|X - X'| - E|Y - Y'| over all pairs (Szekely & Rizzo 2013; no root is taken): 0
     only for equal distributions.   xs, ys: lists of sets (N, D); each of xs meets each of ys -> their mean"""
     across = [mean_distance(x, y) for x in xs for y in ys]
     return 2 * sum(across) / len(across) - sum(mean_distance(x, x) / len(s) for s in (xs, ys) for x in s)
@@ -291,7 +291,7 @@ def draw(way, fresh, shape, ratio):
     """The cloud at six times of its way back, and the true one."""
     page, font = Image.new("RGB", (1480, 270), "white"), ImageFont.load_default(15)
     pen = ImageDraw.Draw(page)
-    pen.text((20, 12), f"From noise to {shape}, {ratio:.2f} times as far off as fresh data", "black", font)
+    pen.text((20, 12), f"From noise to {shape}: {ratio:.2f} x the distance of two fresh sets", "black", font)
     stills = [way[-1 - round(share * (len(way) - 1))] for share in (1, 0.4, 0.2, 0.1, 0.05, 0)]
     for k, (t, x) in enumerate([*((f"t = {t}", x) for t, x in stills), ("fresh data", fresh)]):
         page.paste(panel(x, 200), (20 + 208 * k, 40))
@@ -351,7 +351,6 @@ def finish(cfg, device, result, **context):
     save(cfg.out, "metrics.json", lambda part: part.write_text(json.dumps({**result, **context}, indent=1)))
     print("RESULT", *(f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in result.items()))
     return result
-
 # ------------------------------------------------------------------------------------------------------- Main
 def main(cfg):
     """Check, dissolve a digit, learn the way back, walk it, measure, draw.  Returns the figures of RESULT."""
@@ -359,6 +358,7 @@ def main(cfg):
         require(low <= getattr(cfg, flag) < 2**40, f"--{flag} {getattr(cfg, flag)}: must be at least {low}")
     require(cfg.calls <= cfg.timesteps * (cfg.sampler == "ddim"),
             f"--calls {cfg.calls}: must be at most --timesteps {cfg.timesteps}, and needs --sampler ddim")
+    require(len(cfg.text) <= 40 and cfg.text.isprintable(), f"--text {cfg.text[:40]!r}: 40 letters at most")
     require(not cfg.zero_snr or cfg.target != "eps", "--target eps: no use where --zero-snr makes x_T = eps")
     clash = dict(rescale=cfg.schedule == "cosine", noise=cfg.sampler == "ddim").get(cfg.ablate)
     require(not clash, f"--ablate {cfg.ablate}: --schedule cosine has no rescaling, --sampler ddim no noise")

@@ -304,6 +304,90 @@ def week04(folder):
     start_up(4, "week04_router.py", "torch, transformers")
 
 
+class UsualDenoiser(nn.Module):
+    """What tutorials on 2-D points use: three layers of 128, the time as one more set of sines, ReLU."""
+
+    def __init__(self, width=128):
+        super().__init__()
+        self.net = nn.Sequential(
+            nn.Linear(2 + 32, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU(), nn.Linear(width, width),
+            nn.ReLU(), nn.Linear(width, 2))  # fmt: skip
+
+    def forward(self, x, t):
+        angle = t[:, None] * 10000 ** (-torch.arange(16) / 16)
+        return self.net(torch.cat([x, angle.sin(), angle.cos()], 1))
+
+
+def usual_ddpm(cloud, seconds, n=10_000):
+    """eps, T = 1000, linear betas, Adam 1e-3, batch 128, t drawn at random, for as many seconds; then Algorithm 2.
+    -> (steps, a function that samples n points)"""
+    torch.manual_seed(1337)
+    beta = torch.linspace(1e-4, 0.02, 1000)
+    alpha_bar = (1 - beta).cumprod(0)
+    model = UsualDenoiser()
+    optimizer, started, steps = torch.optim.Adam(model.parameters(), 1e-3), time.perf_counter(), 0
+    while time.perf_counter() - started < seconds:
+        x0, t = cloud(128), torch.randint(1000, (128,))
+        eps, a = torch.randn_like(x0), alpha_bar[t, None]
+        loss = F.mse_loss(model(a.sqrt() * x0 + (1 - a).sqrt() * eps, t), eps)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        steps += 1
+
+    @torch.no_grad()
+    def sample():
+        x = torch.randn(n, 2)
+        for t in reversed(range(1000)):
+            eps = model(x, torch.full((n,), t))
+            x = (x - beta[t] / (1 - alpha_bar[t]).sqrt() * eps) / (1 - beta[t]).sqrt()
+            x = x + beta[t].sqrt() * torch.randn_like(x) * (t > 0)
+        return x
+
+    return steps, sample
+
+
+def week05(folder):
+    import diffusers
+    import week05_ddpm_forward as week
+
+    cfg, cpu, runs = week.Config(), torch.device("cpu"), []
+    cloud, plan = week.make_cloud(cfg, cpu), week.Schedule(cfg.schedule, cfg.timesteps)
+    fresh = [cloud(10_000) for _ in range(8)]
+    floor = week.fresh_distance(fresh)
+    for steps in (cfg.steps // 16, cfg.steps // 8, cfg.steps // 4, cfg.steps // 2, cfg.steps):
+        torch.manual_seed(cfg.seed)
+        model = week.Denoiser(cfg.timesteps, cfg.width, cfg.layers)
+        with contextlib.redirect_stdout(io.StringIO()):
+            seconds, model = week.train(model, plan, cloud, week.Config(steps=steps), cpu)
+        started = time.perf_counter()
+        made = [week.sample(model, plan, cfg, 10_000, cpu)[-1][1] for _ in range(4)]
+        sampling = (time.perf_counter() - started) / 4
+        runs.append((seconds, week.energy_distance(made, fresh) / floor))
+    seconds, ours = runs[-1]
+    steps, usual = usual_ddpm(cloud, seconds)
+    started = time.perf_counter()
+    theirs = week.energy_distance([usual() for _ in range(2)], fresh) / floor
+    usual_sampling = (time.perf_counter() - started) / 2
+    same = next((took for took, reached in runs if reached <= theirs), math.inf)
+    what = "two spirals, energy distance / that of fresh data"
+    row(5, what, f"{theirs:.2f} in {seconds:.0f} s", f"{ours:.2f} in {seconds:.0f} s", theirs / ours)
+    row(5, "seconds of training to the usual script's", f"{seconds:.0f} s", f"{same:.0f} s", seconds / same)
+    row(5, "10,000 points drawn", f"{usual_sampling:.1f} s", f"{sampling:.1f} s", usual_sampling / sampling)
+    x0, eps = torch.randn(2, 64, 3, 32, 32)
+    t = torch.randint(1, 1001, (64,))
+    scheduler, plan = diffusers.DDPMScheduler(clip_sample=False), week.Schedule("linear", 1000)
+    race(5, "add_noise, 64 images, beside DDPMScheduler", lambda: scheduler.add_noise(x0, eps, t - 1),
+         lambda: plan.add_noise(x0, eps, t))  # fmt: skip
+    race(5, "a DDPM step, 64 images, beside DDPMScheduler", lambda: scheduler.step(eps, 499, x0).prev_sample,
+         lambda: plan.ddpm(x0, plan.to_x0_eps("eps", eps, x0, 500)[0], 500, torch.randn_like(x0)))  # fmt: skip
+    ddim = diffusers.DDIMScheduler(clip_sample=False)
+    ddim.set_timesteps(1000)
+    race(5, "a DDIM step, 64 images, beside DDIMScheduler", lambda: ddim.step(eps, 499, x0).prev_sample,
+         lambda: plan.ddim(x0, *plan.to_x0_eps("eps", eps, x0, 500), 500, 499, 0.0))  # fmt: skip
+    start_up(5, "week05_ddpm_forward.py", "torch, torchvision")
+
+
 class UsualUNet(nn.Module):
     """What one would write with torch's own layers: two 3x3 convolutions with batch norm per level, max-pooling,
     transposed convolutions, skips; at full resolution, the level as a second input channel."""

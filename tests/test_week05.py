@@ -329,7 +329,7 @@ def test_without_dice_ddpm_shrinks_to_the_middle():
 def test_ddim_takes_the_calls_that_it_is_given(calls, times):
     plan = week.Schedule("cosine", 20)
     oracle = Oracle(plan, "v", torch.zeros(2), 0.5)
-    way = week.sample(oracle, plan, week.Config(calls=calls), 7, cpu)
+    way = week.sample(oracle, plan, week.Config(sampler="ddim", calls=calls), 7, cpu)
     assert [t for t, _ in way] == times and len(oracle.seen) == len(times) - 1
 
 
@@ -529,7 +529,7 @@ def test_ideas_are_worth_something(tmp_path):
     def run(*flags):
         return call(week, "--tiny", "--out", tmp_path, "--text", "DDPM", *flags)["energy_distance"]
 
-    assert run("--sampler", "ddpm", "--ablate", "noise") > 2 * run("--sampler", "ddpm")
+    assert run("--ablate", "noise") > 2 * run()
     assert run("--schedule", "linear", "--ablate", "rescale") > 2 * run("--schedule", "linear")
 
 
@@ -544,11 +544,13 @@ def test_flags_reach_the_schedule(tmp_path):
 
 def test_flags_that_contradict_each_other_are_refused(tmp_path, refused):
     for flags in (
-        ("--calls", 21),
-        ("--calls", 5, "--sampler", "ddpm"),
+        ("--calls", 21, "--sampler", "ddim"),
+        ("--calls", 5),
         ("--target", "eps", "--zero-snr"),
         ("--ablate", "rescale"),
-        ("--ablate", "noise"),
+        ("--text", "D" * 41),
+        ("--text", "a\nb"),
+        ("--ablate", "noise", "--sampler", "ddim"),
         ("--timesteps", 1),
         ("--lr", "inf"),
     ):
