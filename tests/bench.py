@@ -464,6 +464,42 @@ def week06(folder):
     h, w, b = torch.randn(48, 32, 8, 8).to(memory_format=torch.channels_last), torch.ones(32), torch.zeros(32)
     race(6, "group norm by hand, beside torch's", lambda: F.group_norm(h, 4, w, b), lambda: week.group_norm(h, 4, w, b))
     start_up(6, "week06_mini_unet.py", "torch, torchvision")
+def week07(folder):
+    import diffusers
+    import week07_sd_hooks as week
+    from diffusers.models.attention_processor import AttnProcessor
+    from torch.utils.flop_counter import FlopCounterMode
+
+    diffusers.logging.set_verbosity_error()
+    make = lambda **size: week.make(diffusers.UNet2DConditionModel, week.UNET | size).eval()  # noqa: E731
+
+    def count(unet, inputs):
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            unet(*inputs)
+        return counter.get_total_flops()
+
+    with torch.device("meta"):
+        unet, inputs = make(), (torch.zeros(1, 4, 64, 64), torch.zeros(1), torch.zeros(1, 77, 768))
+    race(7, "profile of SD v1.5, beside torch's FlopCounterMode", lambda: count(unet, inputs),
+         lambda: week.profile_modules(unet, *inputs), repeats=5, warmup=1)  # fmt: skip
+    top = week.profile_modules(unet, *inputs)[1][0]
+    theirs = 1 - top["attention"] / top["flops"]  # tests/test_week07.py holds this against it, on a smaller U-Net
+    row(7, "operations of it seen on a CPU, beside the same", f"{theirs:.1%}", "100.0%", 1 / theirs)
+    size = dict(block_out_channels=(32, 64, 128, 128))
+    unet, inputs = make(**size), (torch.randn(1, 4, 48, 48), torch.zeros(1), torch.randn(1, 77, 768))
+
+    @torch.no_grad()
+    def run(unet):
+        return unet(*inputs).sample
+
+    usual, watched = make(**size), make(**size)
+    usual.set_attn_processor(AttnProcessor())  # the way to maps that is described most: no fused kernel anywhere
+    week.capture(watched, "up_blocks.1")
+    race(7, "pass that keeps maps, beside AttnProcessor everywhere", lambda: run(usual), lambda: run(watched),
+         repeats=3, warmup=1)  # fmt: skip
+    race(7, "the same, beside a pass that keeps none", lambda: run(unet), lambda: run(watched), repeats=5, warmup=1)
+    names = "torch; from diffusers import UNet2DConditionModel; from transformers import CLIPTextModel"
+    start_up(7, "week07_sd_hooks.py", names)
 
 
 def main():
