@@ -501,6 +501,64 @@ def week07(folder):
     names = "torch; from diffusers import UNet2DConditionModel; from transformers import CLIPTextModel"
     start_up(7, "week07_sd_hooks.py", names)
 
+class UsualSwitch(nn.Module):
+    """What one usually finds: experts in a ModuleList, a mask for each, no capacity.   x (N, D) -> (N, D)"""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.router = nn.Linear(layer.router.shape[1], len(layer.router), bias=False)
+        self.experts = nn.ModuleList(
+            nn.Sequential(nn.Linear(*u.shape, bias=False), nn.ReLU(), nn.Linear(*v.shape, bias=False))
+            for u, v in zip(layer.w_in, layer.w_out)
+        )
+
+    def forward(self, x):
+        gate, expert = self.router(x).softmax(-1).max(-1)
+        y = torch.zeros_like(x)
+        for i, f in enumerate(self.experts):
+            here = expert == i
+            y[here] = f(x[here]) * gate[here, None]
+        return y
+
+
+def week10(folder):
+    import transformers
+    import week10_switch as week
+    from transformers.models.switch_transformers.modeling_switch_transformers import SwitchTransformersSparseMLP
+
+    torch.manual_seed(1337)
+    for experts, tokens in ((8, 4096), (32, 1024)):
+        layer, x = week.SwitchFFN(128, 512, experts), torch.randn(tokens, 128, requires_grad=True)
+        config = transformers.SwitchTransformersConfig(
+            d_model=128, d_ff=512, num_experts=experts, expert_capacity=math.ceil(1.25 * tokens / experts),
+            dropout_rate=0.0, router_jitter_noise=0.0)  # fmt: skip
+        dense, theirs = week.SwitchFFN(128, 512, 1), SwitchTransformersSparseMLP(config)
+        theirs.router.classifier.weight.data.copy_(layer.router)
+        masks = week.SwitchFFN(128, 512, experts, dispatch=week.one_hot)
+        masks.load_state_dict(layer.state_dict())
+
+        def step(module, x=x, shape=None):
+            x.grad = module.zero_grad()
+            y = module(x if shape is None else (x * 1)[None])
+            sum(t.square().sum() for t in (y if isinstance(y, tuple) else (y,))).backward()
+
+        size = f"{experts} experts, {tokens} tokens, beside"
+        race(10, f"{size} dense (the limit)", lambda: step(dense), lambda: step(layer))
+        race(10, f"{size} transformers'", lambda: step(theirs, shape=3), lambda: step(layer))
+        race(10, f"{size} a ModuleList", lambda m=UsualSwitch(layer): step(m), lambda: step(layer))
+        race(10, f"{size} one-hot", lambda: step(masks), lambda: step(layer), repeats=5, warmup=1)
+    chars, ids, name = week.load_text(week.Config(data=folder))
+    ids, val = ids.tensor_split([int(0.9 * len(ids))])
+    cfg, found = week.Config(), {}
+    for experts in (1, cfg.experts):
+        torch.manual_seed(cfg.seed)
+        with contextlib.redirect_stdout(io.StringIO()):
+            found[experts] = week.train(week.GPT(cfg, len(chars), experts), ids, val, cfg, "")
+    (dense_seconds, dense), (seconds, loss) = found.values()
+    what = f"{name}, {cfg.steps} steps"
+    row(10, f"{what}: perplexity", f"{dense:.3f}", f"{loss:.3f}", math.exp(dense - loss))
+    row(10, f"{what}: seconds", f"{dense_seconds:.0f} s", f"{seconds:.0f} s", dense_seconds / seconds)
+    start_up(10, "week10_switch.py", "torch")
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
