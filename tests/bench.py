@@ -559,6 +559,58 @@ def week10(folder):
     row(10, f"{what}: perplexity", f"{dense:.3f}", f"{loss:.3f}", math.exp(dense - loss))
     row(10, f"{what}: seconds", f"{dense_seconds:.0f} s", f"{seconds:.0f} s", dense_seconds / seconds)
     start_up(10, "week10_switch.py", "torch")
+def week11(folder):
+    """Memory on the meta device, at the true size; times on a U-Net of a tenth of the width."""
+    import diffusers
+    import week11_profile as week
+    from torch.distributed._tools.mem_tracker import MemTracker
+
+    out, meta, cpu = tempfile.mkdtemp(), torch.device("meta"), torch.device("cpu")
+    cfg, MiB = week.Config(out=out), 2**20
+    rows = ["image fused", week.ROWS.split(", ")[-1], "train checkpoint", "train checkpoint diffusers"]
+    rows += ["vae tiles", "vae tiles diffusers", "vae slices", "vae slices diffusers", "unet sliced", "unet fused"]
+    rows += ["unet sliced diffusers", "unet fused diffusers", "unet int8", "unet fp8 diffusers"]
+    told = week.run(week.load(cfg, meta), 512, cfg, meta, rows)
+
+    def beside(what, theirs, ours, kind):
+        a, b = told[theirs][kind], told[ours][kind]
+        row(11, what, f"{a / MiB:,.1f} MiB", f"{b / MiB:,.1f} MiB", a / b)
+
+    beside("peak of a 512 x 512 image, beside the defaults", rows[0], rows[1], "peak_bytes")
+    beside("saved for a training step, beside diffusers'", rows[3], rows[2], "saved")
+    for name in ("vae tiles", "vae slices", "unet sliced", "unet fused"):
+        beside(f"activations, {name}, beside diffusers'", name + " diffusers", name, "activations")
+    beside("peak with 8-bit weights, beside fp8 casting", rows[-1], rows[-2], "peak_bytes")
+
+    torch.manual_seed(0)
+    size = dict(block_out_channels=(32, 64, 128, 128), cross_attention_dim=96, sample_size=32)
+    models = dict(unet=diffusers.UNet2DConditionModel(**size).eval(), vae=None)
+    for name in ("unet sliced", "unet fused", "train checkpoint"):
+        sides = [week.prepare(name + end, models, 256, cfg, cpu)[1] for end in (" diffusers", "")]
+        with torch.set_grad_enabled("train" in name):
+            race(11, f"{name}, beside diffusers'", *sides, repeats=5, warmup=1)
+    with torch.no_grad():
+        sides = [week.prepare(name, models, 256, cfg, cpu)[1] for name in ("unet fp8 diffusers", "unet int8")]
+        race(11, "8-bit weights, beside fp8 casting", *sides, repeats=5, warmup=1)
+        exact, coarse, ours = (week.prepare(name, models, 256, cfg, cpu)[1]() for name in (
+            "unet", "unet fp8 diffusers", "unet int8"))  # fmt: skip
+        a, b = (((y - exact).norm() / exact.norm()).item() for y in (coarse, ours))
+        row(11, "its relative error", f"{a:.2%}", f"{b:.2%}", a / b)
+        work = week.prepare("unet", models, 256, cfg, cpu)[1]
+
+        def tracked():
+            with MemTracker() as tracker:
+                tracker.track_external(models["unet"])
+                work()
+
+        def metered():
+            with week.Meter("cpu", models["unet"].parameters()):
+                work()
+
+        race(11, "a pass under the meter, beside torch's MemTracker", tracked, metered, repeats=5, warmup=1)
+        race(11, "a pass under the meter, beside none", work, metered, repeats=5, warmup=1)
+    start_up(11, "week11_profile.py", "torch, diffusers")
+
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

@@ -1,0 +1,399 @@
+# /// script
+# requires-python = ">=3.10"
+# dependencies = ["torch>=2.9", "diffusers>=0.36", "safetensors>=0.4.5", "pillow>=10.1"]
+# ///
+"""Week 11: where the memory of Stable Diffusion goes, and how to get it back.
+
+Papers: Chen et al. 2016, "Training Deep Nets with Sublinear Memory Cost"; Dao et al. 2022, "FlashAttention".
+The idea: memory lives from the operation that makes it until nobody needs it. Listen to each operation, note
+each death, and you know all bytes alive, by kind. On the meta device, which has shapes but no numbers, that
+predicts the memory of a model in a second.
+
+    python week11_profile.py                              # all techniques, predicted at 512 x 512, then run
+    python week11_profile.py --technique sliced,fused --size 512
+    python week11_profile.py --model FOLDER               # your Stable Diffusion v1.5, or an ID on the hub
+
+Expected: a 512 x 512 image in 106 MiB instead of 5,626, as predicted; what a CPU then measures is the same.
+"""
+import argparse, copy, gc, inspect, itertools, json, math, operator, os, sys, tempfile, time, weakref
+from collections import Counter
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import get_args
+import diffusers, safetensors, torch, torch.nn.functional as F
+from diffusers.models import attention_processor as library
+from PIL import Image, ImageDraw
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+# ----------------------------------------------------------------------------------------------------- Config
+@dataclass
+class Config:
+    device: str = "auto"       # auto = cuda if there is one, else cpu; or by name: cpu, cuda:1, mps
+    seed: int = 1337           # the same seed on the same CPU gives the same weights, where they are random
+    tiny: bool = False         # everything smallest, and no network: to see that it runs
+    out: str = "out/week11"    # folder for everything that is written
+    model: str = "random"      # true size, random weights; or an ID on the hub, or a folder of SD v1.5's kind
+    size: int = 128            # side of the images that are made and measured, in pixels
+    predict: int = 512         # side of those that are predicted, on the meta device
+    steps: int = 1             # denoising steps
+    technique: str = "all"     # only rows of the table with one of these words, such as fused,int8
+    limit: float = 6.0         # what is predicted to need more GB than this is not run
+TINY = dict(size=64, predict=64)
+SD15 = dict(unet=dict(sample_size=64, cross_attention_dim=768),              # all else is diffusers' default
+            vae=dict(block_out_channels=(128, 256, 512, 512), layers_per_block=2, sample_size=512,
+                     down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4))
+SMALL = dict(unet=dict(block_out_channels=(16, 32), layers_per_block=1, norm_num_groups=4,
+                       down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), attention_head_dim=2,
+                       up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"), cross_attention_dim=24),
+             vae=SD15["vae"] | dict(block_out_channels=(4, 4, 4, 4), norm_num_groups=2, layers_per_block=1))
+ROWS = ("unet, unet sliced, unet sliced diffusers, unet fused, unet fused diffusers, unet cache, unet split, "
+        "unet half, unet int8, unet fp8 diffusers, unet offload, vae, vae slices, vae slices diffusers, vae "
+        "tiles, vae tiles diffusers, train, train checkpoint, train checkpoint diffusers, train adamw, train "
+        "adamw checkpoint fused, image, image half turns, image fused cache split half int8 offload tiles")
+# ------------------------------------------------------------------------------------------- The memory meter
+class Meter(TorchDispatchMode):
+    """The bytes that are alive on a device, by what they are for, after each operation: the trace.
+    All that torch does, also backward, passes through __torch_dispatch__ with its results: views of storages.
+    One lives until nobody needs it, be it a variable, a view, or autograd, for the backward pass."""
+    running, unnamed, saved, peak = None, "activations", 0, 0
+    def __init__(self, device, weights=()):
+        super().__init__()
+        self.device, self.storages, self.live, self.trace = torch.device(device).type, {}, Counter(), []
+        self.note(weights, "weights")
+    def note(self, tensors, kind=None):
+        """Count the storages of tensors: those that are new, or of a new size or kind."""
+        for tensor in tensors:
+            if not torch.is_tensor(tensor) or tensor.device.type != self.device: continue
+            storage, key = tensor.untyped_storage(), tensor.untyped_storage()._cdata
+            ref, old, size = self.storages.get(key, (None, self.unnamed, 0))
+            ref = ref or weakref.ref(storage, lambda _, key=key: self.free(key))       # tells us of its death
+            self.storages[key] = ref, kind or old, storage.nbytes()
+            self.live[old] -= size
+            self.live[kind or old] += storage.nbytes()
+        self.trace.append(dict(self.live))
+        self.peak = max(self.peak, self.live.total())
+    def free(self, key):
+        _, kind, size = self.storages.pop(key)
+        self.live[kind] -= size
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        out = operation(*args, **(kwargs or {}))
+        self.note(out if isinstance(out, (tuple, list)) else [out])
+        return out
+def measure(work, device, weights):
+    """work() under the meter, then once more without it, for the seconds.   -> Meter, seconds, its result"""
+    gc.collect()
+    real, whole = F.scaled_dot_product_attention, torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    # On meta, fused attention falls into the naive one's parts. The CPU's, called by its name, stays whole.
+    if device.type == "meta": F.scaled_dot_product_attention = lambda q, k, v, **_: whole(q, k, v)[0]
+    with Meter(device, weights) as Meter.running: result = work()
+    meter, Meter.running, F.scaled_dot_product_attention = Meter.running, None, real
+    started = time.perf_counter()
+    if device.type != "meta": work().flatten()[0].item()                                   # waits for a GPU
+    return meter, time.perf_counter() - started, result
+# ------------------------------------------------------------------------------------------------- Techniques
+# B images of n = height x width latent pixels, each a token; h heads of D numbers; C = h D channels.
+def naive(q, k, v):
+    """softmax(q k^T / sqrt(D)) v: at its peak, two tables of n^2 numbers for each head.   (B, h, n, D)"""
+    return (q / math.sqrt(q.shape[-1]) @ k.mT).softmax(-1) @ v
+def sliced(q, k, v):
+    """The same, one head at a time; its result goes where its queries were.   Not for training"""
+    for b, i in itertools.product(*map(range, q.shape[:2])): q[b, i] = naive(q[b, i], k[b, i], v[b, i])
+    return q
+def fused(q, k, v):
+    """The same in one kernel without a table (Dao et al. 2022): tile by tile, with a running softmax."""
+    return F.scaled_dot_product_attention(q, k, v)
+def attend(attention, kept=None):
+    """In the place of diffusers' attention processor: one of the three above.   kept: a dict, where keys and
+    values of the prompt stay from step to step. They are all that a U-Net can keep: its image changes."""
+    def processor(attn, x, encoder_hidden_states=None, attention_mask=None, **_):
+        prompt, split = encoder_hidden_states, lambda y: y.unflatten(-1, (attn.heads, -1)).transpose(1, 2)
+        kv = (kept or {}).get((attn, id(prompt)))
+        kv = kv or [split(layer(x if prompt is None else prompt)) for layer in (attn.to_k, attn.to_v)]
+        if kept is not None and prompt is not None:
+            kept[attn, id(prompt)] = kv
+            if Meter.running: Meter.running.note(kv, "cache")
+        y = attention(split(attn.to_q(x)), *kv)
+        return attn.to_out[0](y.transpose(1, 2).flatten(2))                       # (B, h, n, D) -> (B, n, C)
+    return processor
+class Checkpoint(torch.autograd.Function):
+    """Keep the inputs of a block only; compute the rest again when its gradient is due (Chen et al. 2016).
+    Costs one more forward pass, a third of the time. No dropout in it: its dice would fall differently."""
+    @staticmethod
+    def forward(ctx, run, *inputs):
+        ctx.run = run
+        ctx.save_for_backward(*inputs)
+        return run(*inputs)                                              # autograd is off: it saves nothing
+    @staticmethod
+    def backward(ctx, *gradients):
+        inputs = [x.detach().requires_grad_(x.requires_grad) for x in ctx.saved_tensors]
+        with torch.enable_grad(): outputs = ctx.run(*inputs)
+        torch.autograd.backward(outputs, gradients)                      # fills the .grad of the weights too
+        return None, *(x.grad for x in inputs)
+def checkpoint(module):
+    """Let a module run as a Checkpoint. What it takes by name, like the prompt, gets no gradient."""
+    forward = module.forward
+    module.forward = lambda *args, **named: Checkpoint.apply(lambda *x: forward(*x, **named), *args)
+class Int8(nn.Module):
+    """A linear or convolutional layer whose weights are bytes, W ~ scale * q: one scale for each output
+    channel, max |W| / 127. The full weights exist only while the layer runs."""
+    def __init__(self, layer):
+        super().__init__()
+        w, self.layer, self.bias = layer.weight.detach().float(), layer, layer.bias
+        scale = w.abs().amax((*range(1, w.ndim),), True).clamp(1e-6) / 127
+        self.register_buffer("scale", scale.to(layer.weight.dtype))
+        self.register_buffer("q", (w / self.scale).round().clamp(-127, 127).to(torch.int8))
+        layer.weight = layer.bias = None
+    def forward(self, x):
+        return getattr(self.layer, "_conv_forward", F.linear)(x, self.scale * self.q, self.bias)
+def offload(model, folder, device, whole=False):
+    """Weights lie in a file: those of a layer come just before it runs, and go after it. whole: those of all
+    layers at once, for models that take turns. Else they are on the meta device, where they need nothing."""
+    places, disk = {}, tempfile.TemporaryFile(dir=folder)
+    for name, w in model.state_dict().items() if device.type != "meta" else ():
+        places[name] = disk.tell()
+        disk.write(w.cpu().flatten().view(torch.uint8).numpy())
+    def put(weights):
+        for name, w in weights.items():
+            owner, _, last = name.rpartition(".")
+            setattr(model.get_submodule(owner), last, nn.Parameter(w, requires_grad=False))
+    def come(away):
+        here = {}
+        for name, w in away.items():
+            here[name] = torch.empty(w.shape, dtype=w.dtype, device="cpu" if places else "meta")
+            if places: disk.seek(places[name]); disk.readinto(here[name].flatten().view(torch.uint8).numpy())
+            here[name] = here[name].to(device)
+            if Meter.running: Meter.running.note([here[name]], "weights")
+        put(here)
+    for path, unit in [*model.named_modules()][: 1 if whole else None]:
+        mine = [*unit.named_parameters(path, whole), *unit.named_buffers(path, whole)]
+        away = {name: w.detach().to("meta") for name, w in mine}
+        put(away)
+        unit.register_forward_pre_hook(lambda *_, away=away: come(away))
+        unit.register_forward_hook(lambda *_, away=away: put(away))
+def decode(vae, z, tile, margin):
+    """One image after the other, in squares of `tile` latent pixels, with a margin that is cut off again.
+    z (B, 4, h, w) -> (B, 3, 8h, 8w)   Where there are several, group norm sees one, not the whole."""
+    wide, side = F.pad(z, [margin] * 4, mode="replicate"), tile + 2 * margin
+    cut = slice(m := margin * 2 ** (len(vae.config.block_out_channels) - 1), -m or None)
+    see = lambda b, y, x: vae.decode(wide[b : b + 1, :, y : y + side, x : x + side]).sample[:, :, cut, cut]
+    image = lambda b: torch.cat([torch.cat([see(b, y, x) for x in range(0, z.shape[3], tile)], 3)
+                                 for y in range(0, z.shape[2], tile)], 2)
+    return torch.cat([image(b) for b in range(len(z))])
+# ----------------------------------------------------------------------------------------------------- Checks
+def run_checks():
+    """The meter against bytes counted by hand."""
+    x = torch.zeros(1000)                # 4000 bytes; then 4000, and 4000, a view, in place, and 8000
+    meter, *_ = measure(lambda: ((x + 1) * 2).view(10, 100).add_(1).double(), x.device, [x])
+    check("bytes at the peak and at the end, by hand", [meter.peak, meter.live.total()], [16000, 12000], 0)
+# ------------------------------------------------------------------------------------------------------- Data
+def load(cfg, device):
+    """-> {"unet": U-Net, "vae": VAE} of --model, or random ones of the true size"""
+    kinds = dict(unet=diffusers.UNet2DConditionModel, vae=diffusers.AutoencoderKL)
+    if cfg.model == "random":
+        sizes = SMALL if cfg.tiny else SD15
+        with torch.device(device): return {part: kind(**sizes[part]).eval() for part, kind in kinds.items()}
+    ask = dict(use_safetensors=True, low_cpu_mem_usage=False, output_loading_info=True)
+    try:
+        found = {part: kind.from_pretrained(cfg.model, subfolder=part, local_files_only=cfg.tiny, **ask)
+                 for part, kind in kinds.items()}
+        missing = [key for _, report in found.values() for key in report["missing_keys"]]
+        if missing: raise ValueError(f"{missing[0]} is missing")
+        return {part: model.float().to(device).eval() for part, (model, _) in found.items()}
+    except (OSError, ValueError, RuntimeError, LookupError, TypeError, safetensors.SafetensorError) as error:
+        require(False, f"--model {cfg.model}: {' '.join(str(error).split())[:200]}")
+# -------------------------------------------------------------------------------------------------------- Run
+def denoise(unet, x, prompts, steps, split):
+    """DDIM (Song et al. 2021) with guidance 7.5.   x (1, 4, h, w), prompts (2, 77, C): an empty one, and the
+    one meant -> x, and the last two noises (2, 4, h, w).   split: one after the other"""
+    betas = [(0.00085**0.5 * (1 - i / 999) + 0.012**0.5 * i / 999) ** 2 for i in range(1000)]
+    alpha = [*itertools.accumulate((1 - beta for beta in betas), operator.mul), 1]
+    parts, times = prompts.split(1 if split else 2), [1000 * i // steps - 1 for i in range(steps, -1, -1)]
+    for now, after in itertools.pairwise(times):
+        both = torch.cat([unet(x.expand(len(part), -1, -1, -1), now, part).sample for part in parts])
+        a, b, noise = alpha[now], alpha[after], both[:1] + 7.5 * (both[1:] - both[:1])
+        x = b**0.5 * (x - (1 - a) ** 0.5 * noise) / a**0.5 + (1 - b) ** 0.5 * noise
+    return x, both
+def train(unet, x, prompts, adamw):
+    """Two steps with AdamW; or one without, where a gradient goes as soon as it has come, as it can if used
+    within the backward pass. -> the gradient that has the longest way"""
+    optimizer = torch.optim.AdamW(unet.parameters(), foreach=False) if adamw else None
+    def arrived(w):
+        if Meter.running: Meter.running.note([w.grad], "gradients")
+        if not adamw and w is not unet.conv_in.weight: w.grad = None
+    for w in unet.parameters(): w.register_post_accumulate_grad_hook(arrived)
+    for _ in range(1 + adamw):
+        unet.zero_grad()
+        loss = unet(x, 500, prompts[:1]).sample.square().mean()
+        if Meter.running: Meter.running.saved = Meter.running.live["activations"]
+        loss.backward()
+        Meter.unnamed = "optimizer"
+        if adamw: optimizer.step()
+        Meter.unnamed = "activations"
+    return unet.conv_in.weight.grad
+def twin(model, change):
+    """A copy of a model with changed weights; where they are the same, they are shared."""
+    return copy.deepcopy(model, {id(w): nn.Parameter(change(w.detach())) for w in model.parameters()})
+def prepare(row, models, size, cfg, device):
+    """A row of the table -> the weights that are there before it starts, and its work, as a function."""
+    has, side, dice = row.split().__contains__, size // 8, torch.Generator().manual_seed(cfg.seed)
+    dtype = (torch.float16 if device.type == "cuda" else torch.bfloat16) if has("half") else torch.float32
+    unet = twin(models["unet"], lambda w: w.to(torch.float8_e4m3fn if has("fp8") and w.ndim > 1 else dtype))
+    vae = twin(models["vae"], lambda w: w.to(dtype)) if has("vae") or has("image") else None
+    unet.set_attn_processor(attend(fused if has("fused") else sliced if has("sliced") else naive,
+                                   {} if has("cache") else None))
+    for m, name, layer in [(m, *child) for m in unet.modules() for child in m.named_children()] * has("int8"):
+        if isinstance(layer, (nn.Linear, nn.Conv2d)): setattr(m, name, Int8(layer))
+    if has("checkpoint") > has("diffusers"):
+        unet.apply(lambda m: type(m).__name__ in ("ResnetBlock2D", "Transformer2DModel") and checkpoint(m))
+    if has("diffusers"):
+        if vae:
+            vae.use_slicing, vae.use_tiling = has("slices"), has("tiles")
+            vae.tile_latent_min_size, vae.tile_sample_min_size = side // 2, size // 2       # 3 x 3, like ours
+        elif has("checkpoint"): unet.train().enable_gradient_checkpointing()
+        elif has("fp8"): unet.enable_layerwise_casting(torch.float8_e4m3fn, dtype)
+        else: unet.set_attn_processor(library.AttnProcessor2_0() if has("fused") else
+                                      library.SlicedAttnProcessor(1))
+    models = [vae.decoder] if has("vae") else [unet, vae.decoder] if vae else [unet]
+    away = has("turns") or has("offload")
+    for model in models * away: offload(model, cfg.out, device, has("turns"))
+    weights = [w for model in models * (not away) for w in (*model.parameters(), *model.buffers())]
+    x, z, prompts = (torch.randn(shape, generator=dice).to(device, dtype) for shape in (
+        (1, 4, side, side), (2, 4, side, side), (2, 77, unet.config.cross_attention_dim)))
+    tile, ours = (side * 3 // 8, side // 16) if has("tiles") else (side, 0), has("tiles") or has("slices")
+    see = lambda z: decode(vae, z, *tile) if ours > has("diffusers") else vae.decode(z).sample
+    if has("vae"): return weights, lambda: see(z)
+    if has("train"): return weights, lambda: train(unet, x, prompts, has("adamw"))
+    work = lambda: denoise(unet, x, prompts, cfg.steps, has("split"))
+    return weights, (lambda: see(work()[0] / 0.18215)) if has("image") else lambda: work()[1]
+def run(models, size, cfg, device, rows, expected=None):
+    """The rows of the table -> {row: figures}.   expected: what the meta device says, to keep to --limit"""
+    found, first = {}, {}
+    for row in rows:
+        if expected and (need := expected[row]["peak_bytes"] / 1e9) > cfg.limit:
+            print(f"{row:47} | not run: needs {need:.1f} GB, more than --limit"); continue
+        weights, work = prepare(row, models, size, cfg, device)
+        with torch.set_grad_enabled("train" in row): meter, seconds, out = measure(work, device, weights)
+        found[row] = f = dict(peak_bytes=meter.peak, seconds=seconds, saved=meter.saved, trace=meter.trace)
+        f |= {kind: max(moment.get(kind, 0) for moment in meter.trace) for kind in meter.live}
+        if not expected: continue
+        base, slow = first.setdefault(row.split()[0], (out.float(), seconds))
+        f |= dict(slower=seconds / slow, max_abs_diff=(out - base).abs().max().item(),
+                  relative_error=((out - base).norm() / base.norm()).item())
+        print(f"{row:47} | {meter.peak / 2**20:8.1f} MiB | {seconds:6.2f} s, {f['slower']:5.2f} x | "
+              f"max|diff| {f['max_abs_diff']:.1e}, {f['relative_error']:.1e} of it")
+    return found
+# --------------------------------------------------------------------------------------------------- Pictures
+COLORS = dict(weights="#36b", optimizer="#96c", gradients="#3a8", activations="#f93", cache="#c33")
+def draw(predicted, measured, cfg):
+    """Left, what is alive over the operations of an image and of training; right, the peak of each row."""
+    pen = ImageDraw.Draw(page := Image.new("RGB", (1600, 900), "white"))
+    pen.text((24, 14), f"Live memory, predicted for {cfg.predict} x {cfg.predict}", "black", font_size=26)
+    for i, (kind, color) in enumerate(COLORS.items()):
+        pen.text((24 + 150 * i, 58), kind, color, font_size=18)
+    for i, j in itertools.product(range(2), range(2)):
+        rows = [row for row in predicted if row.startswith(("image", "train adamw")[i])] or ["train"]
+        trace, peak = (predicted[rows[-j]][key] for key in ("trace", "peak_bytes"))
+        x, y, scale = 24 + 430 * j, 480 + 400 * i, 330 / predicted[rows[0]]["peak_bytes"]
+        pen.text((x, y - 378), f"{rows[-j]}\n{peak / 2**20:,.0f} MiB at the peak", "black", font_size=17)
+        for column in range(410):
+            part = trace[column * len(trace) // 410 :][: 1 + len(trace) // 410]
+            low, moment = y, max(part, key=lambda moment: sum(moment.values()))
+            for kind, color in COLORS.items():
+                pen.line([x + column, low, x + column, low := low - scale * moment.get(kind, 0)], color)
+    for i, (row, f) in enumerate(predicted.items()):
+        top = max(g["peak_bytes"] for r, g in predicted.items() if r.split()[0] == row.split()[0])
+        size, y = 230 * f["peak_bytes"] / top, 70 + 34 * i
+        pen.text((1170, y), row.replace("half int8", "\nhalf int8"), "black", None, "rm", font_size=15)
+        pen.rectangle([1180, y - 10, 1180 + size, y + 10], COLORS["weights"])
+        time = f"{measured[row]['slower']:.2f} x time" if row in measured else "not run"
+        pen.text((1190 + size, y), f"{f['peak_bytes'] / 2**20:,.0f} MiB, {time}", 0, None, "lm", font_size=15)
+    return page
+# ---------------------------------------------------------------- Plumbing, the same wherever a week needs it
+def require(ok, message):
+    """For what the user can put right: one line on stderr, and exit code 2."""
+    if not ok: argparse.ArgumentParser().exit(2, f"error: {message}\n")
+def parse_config(config, tiny, argv=None):
+    """Flags from the fields of a dataclass, --help from its source; --tiny sets `tiny`, other flags win."""
+    parser = argparse.ArgumentParser(allow_abbrev=False)
+    parser.format_help = lambda: f"{__doc__}\n{inspect.getsource(config)}"
+    parser.error = lambda message: require(False, f"{message} (--help lists all flags)")
+    for f in fields(config):
+        kind = dict(type=type(f.default), choices=get_args(f.type) or None)
+        kind = dict(action=argparse.BooleanOptionalAction) if f.type is bool else kind
+        parser.add_argument("--" + f.name.replace("_", "-"), default=argparse.SUPPRESS, **kind)
+    given = vars(parser.parse_args(argv))
+    return config(**{**(tiny if given.get("tiny") else {}), **given})
+def pick_device(name):
+    """auto = cuda if there is one, else cpu.  mps only by name: it can be wrong without an error."""
+    try:
+        device = torch.device(name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
+        torch.zeros(1, device=device).item()
+        return device
+    except (RuntimeError, AssertionError) as error:
+        require(False, f"--device {name}: {str(error).splitlines()[0]}; try auto, cpu, cuda, cuda:1, mps")
+def check(claim, ours, reference, tol):
+    """Print the largest difference between two lists of tensors; where it is too large, exit with code 1."""
+    pairs = zip(ours, reference, strict=True)
+    worst = max((torch.as_tensor(a) - b).abs().max().nan_to_num(math.inf).item() for a, b in pairs)
+    print(f"{'ok' if worst <= tol else 'FAIL':4} {claim:51} max|diff| {worst:.1e}  (tol {tol:.0e})")
+    if worst > tol: sys.exit(1)
+def save(folder, name, write):
+    """write(temporary), then rename, into a folder that is new or this script's own: never half a file."""
+    out, part = Path(folder), Path(folder, f".{os.getpid()}-{name}")
+    mark = out / f".{Path(__file__).stem}"
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        require(mark.exists() or not any(out.glob("[!.]*")), f"--out {folder}: holds files of something else")
+        mark.touch()
+        write(part)
+        part.replace(out / name)
+    except OSError as error:
+        require(False, f"--out {folder}: cannot write {name} ({error.strerror})")
+    finally:
+        if part.exists(): part.unlink()
+def finish(cfg, device, result, **context):
+    """Write metrics.json, print the RESULT line, return the result."""
+    peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
+    if peak is None and os.name == "posix":
+        import resource                                                      # not on Windows
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    context.update(config=asdict(cfg), device=str(device), torch=torch.__version__, peak_bytes=peak)
+    save(cfg.out, "metrics.json", lambda part: part.write_text(json.dumps({**result, **context}, indent=1)))
+    print("RESULT", *(f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in result.items()))
+    return result
+# ------------------------------------------------------------------------------------------------------- Main
+def main(cfg):
+    """Check, load, predict, measure, compare, draw.  Returns the figures of the RESULT line."""
+    for flag, low in dict(seed=0, steps=1, limit=0, size=64, predict=64).items():
+        value, high, unit = getattr(cfg, flag), 2**62 if flag == "seed" else 8192, 64 if low == 64 else 1e-9
+        require(low <= value <= high and value % unit < 1e-9, f"--{flag} {value}: {low} to {high}, by {unit}")
+    asked, words = {*cfg.technique.split(",")}, {"all", *ROWS.replace(",", "").split()}
+    require(asked <= words, f"--technique {cfg.technique}: choose from {', '.join(sorted(words))}")
+    rows = [row for row in ROWS.split(", ") if "all" in asked or " " not in row or asked & {*row.split()}]
+    device, meta = pick_device(cfg.device), torch.device("meta")
+    save(cfg.out, ".started", Path.touch)            # an --out that cannot be written shows now, not later
+    run_checks()
+    torch.manual_seed(cfg.seed)
+    models = load(cfg, device)
+    print(f"week 11 | {device} | torch {torch.__version__} | weights: {cfg.model}")
+    skeletons = {part: twin(model, lambda w: w.to(meta)) for part, model in models.items()}
+    gc.freeze()                                      # what is there by now need not be searched each time
+    predicted = run(skeletons, cfg.predict, cfg, meta, rows)
+    same = predicted if cfg.predict == cfg.size else run(skeletons, cfg.size, cfg, meta, rows)
+    measured = run(models, cfg.size, cfg, device, rows, same)
+    if device.type == "cpu":                         # where AdamW counts its steps, whatever the device
+        peaks = [[f[row]["peak_bytes"] for row in measured if "adamw" not in row] for f in (measured, same)]
+        check("peaks measured == peaks predicted on meta", *peaks, 0)
+    save(cfg.out, "memory.png", draw(predicted, measured, cfg).save)
+    for f in [*predicted.values(), *measured.values()]: f.pop("trace", None)
+    image = [f["peak_bytes"] for row, f in predicted.items() if row.startswith("image")]
+    return finish(cfg, device, dict(peak_before=image[0], peak_after=min(image)), weights=cfg.model,
+                  predicted_peaks=predicted, measured_peaks=measured)
+
+if __name__ == "__main__":
+    sys.stdout.reconfigure(line_buffering=True)
+    try:
+        main(parse_config(Config, TINY))
+    except KeyboardInterrupt:
+        print("\nstopped; every file in --out is whole", file=sys.stderr)
+        sys.exit(130)
