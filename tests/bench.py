@@ -610,6 +610,57 @@ def week11(folder):
         race(11, "a pass under the meter, beside torch's MemTracker", tracked, metered, repeats=5, warmup=1)
         race(11, "a pass under the meter, beside none", work, metered, repeats=5, warmup=1)
     start_up(11, "week11_profile.py", "torch, diffusers")
+def usual_diffusion(week, x, y, seconds, eps_steps=400):
+    """The usual script's recipe on our network: linear betas, T = 400, eps, pixels from 0 to 1, Adam 1e-4."""
+    torch.manual_seed(0)
+    net = week.ClassUNet(64)
+    optimizer = torch.optim.Adam(net.parameters(), 1e-4)
+    bars = (1 - torch.linspace(1e-4, 0.02, eps_steps)).cumprod(0)
+    started = time.perf_counter()
+    while time.perf_counter() - started < seconds:
+        i, t = torch.randint(len(x), (128,)), torch.randint(eps_steps, (128,))
+        eps, bar = torch.randn(128, 1, 28, 28), bars[t].view(-1, 1, 1, 1)
+        told = y[i].masked_fill(torch.rand(128) < 0.1, 10)
+        guess = net(bar.sqrt() * x[i] + (1 - bar).sqrt() * eps, (t / eps_steps).view(-1, 1, 1, 1), told)
+        optimizer.zero_grad()
+        F.mse_loss(guess, eps).backward()
+        optimizer.step()
+
+    @torch.no_grad()
+    def sample(digits, w):
+        z, none = torch.randn(len(digits), 1, 28, 28), torch.full_like(digits, 10)
+        for t in range(eps_steps - 1, -1, -1):
+            at = torch.full((2 * len(z), 1, 1, 1), t / eps_steps)
+            eps, without = net(torch.cat([z, z]), at, torch.cat([digits, none])).chunk(2)
+            eps, bar, before = without + w * (eps - without), bars[t], bars[t - 1] if t else torch.ones(())
+            beta = 1 - bar / before
+            z = (z - beta / (1 - bar).sqrt() * eps) / (1 - beta).sqrt() + (t > 0) * beta.sqrt() * torch.randn_like(z)
+        return z.clamp(0, 1)
+
+    return sample
+
+
+def week08(folder):
+    import week08_noisy_router as week
+
+    with contextlib.redirect_stdout(io.StringIO()), tempfile.TemporaryDirectory() as out:
+        images, y, test, test_y, name = week.load_mnist(folder, False)
+        x = week.to_x(images[:, None] / 255)
+        cfg = week.Config(out=f"{out}/out", guidance=2.0)
+        judge, _ = week.train("judge.safetensors", week.reader(), week.reading, x, y, 1600, 3e-3, 0.9, cfg, top=0)
+        net, seconds = week.train(week.name_of(-1, cfg), week.ClassUNet(64), week.denoising, x, y, 1000, 4e-3, 0.9, cfg)
+        usual = usual_diffusion(week, images[:, None] / 255, y, seconds)
+        shelf, digits = week.Shelf(cfg, torch.device("cpu")), torch.arange(100) // 10
+        read = lambda pixels: (week.read(judge, week.to_x(pixels), torch.zeros(1, 1, 1, 1)).argmax(1) == digits).float()
+        started = time.perf_counter()
+        theirs = read(usual(digits, 2.0)).mean().item()
+        slow, started = time.perf_counter() - started, time.perf_counter()
+        ours = read(week.paint(shelf, digits * 0 - 1, digits, cfg)).mean().item()
+        fast = time.perf_counter() - started
+    what = f"{name}, {seconds:.0f} s of training: digits read as asked"
+    row(8, what, f"{theirs:.0%}", f"{ours:.0%}", ours / theirs)
+    row(8, "100 digits drawn, beside 400 steps", f"{slow:.1f} s", f"{fast:.2f} s", slow / fast)
+    start_up(8, "week08_noisy_router.py", "torch, torchvision")
 
 
 def main():
