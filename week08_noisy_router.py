@@ -11,7 +11,7 @@ is told the digit guesses v = dx / dphi. Guidance overdoes what the digit change
     python week08_noisy_router.py --draw 0123456789 --guidance 2  # ten of each, by the saved experts
     torchrun --nproc_per_node=2 week08_noisy_router.py            # data-parallel, in two processes
 
-Expected: 98.4 % of the digits drawn by experts are read as asked (97.9 to 98.8, seeds 1337, 1, 2), after 178 s of
+Expected: 98.4 % of the digits drawn by experts read as asked (97.9 to 98.8, seeds 1337, 1, 2), after 178 s of
 training on one core. Restored from noise of 0.5: by one generalist 20.71 dB, by experts 20.65.
 """
 import argparse, copy, inspect, itertools, json, math, os, random, socket, sys, tempfile, time
@@ -65,7 +65,7 @@ def sample(net, x, y, w, calls, eta=0.0):
         fresh = eta * psi.sin() / phi.sin() * (1 - (phi.cos() / psi.cos()) ** 2).sqrt()
         x = psi.cos() * x0 + (psi.sin() ** 2 - fresh**2).sqrt() * eps + fresh * torch.randn_like(x)
     return x
-def noisy(x, noise):
+def with_noise(x, noise):
     """Images whose pixels got noise of this deviation, as x_phi: tan(phi) = 1.6 noise.   -> x_phi, phi"""
     phi = torch.full_like(x[:, :1, :1, :1], math.atan(1.6 * noise))
     return mix(x, torch.randn(x.shape).to(x), phi)[0], phi
@@ -267,7 +267,7 @@ def evaluate(shelf, judge, planner, x, y, test, test_y, cfg):
                    frechet(f, seen), who + "frechet_ratio": frechet(f, seen) / frechet(real, seen)}
     x, y, nobody = test[:1000], test_y[:1000], test_y[:1000] * 0 - 1
     for level in LEVELS:
-        seed(cfg, level); x_phi, phi = noisy(x, level); p, expert, digit = plan(planner, x_phi, phi, cfg)
+        seed(cfg, level); x_phi, phi = with_noise(x, level); p, expert, digit = plan(planner, x_phi, phi, cfg)
         row = table[level] = dict(planner_accuracy=right(p, y), abstained=(expert < 0).float().mean().item())
         for name, *route in (("alone", nobody, nobody * 0 + NONE), ("generalist", nobody, digit),
                              ("experts", expert, digit), ("oracle", team_of(y, cfg), y),
@@ -283,7 +283,7 @@ def draw(images, shelf, planner, test, cfg):
     pen.text((450, 14), "Noise of 0.5, what the planner reads, restored, clean", "black", font(16))
     paste = lambda image, size, *place: page.paste(TF.to_pil_image(image.cpu()).resize((size, size)), place)
     for i in range(100): paste(images[10 * i], 40, 20 + 40 * (i % 10), 50 + 40 * (i // 10))
-    x, phi = noisy(test[:6], 0.5); p, *route = plan(planner, x, phi, cfg)
+    x, phi = with_noise(test[:6], 0.5); p, *route = plan(planner, x, phi, cfg)
     rows = to_pixels(x / phi.cos()), clean(shelf, *route, x, phi), to_pixels(test[:6])
     for i, k in itertools.product(range(6), range(10)):
         if k < 3: paste(rows[k][i], 60, (450, 800, 870)[k], 50 + 68 * i)
@@ -383,7 +383,7 @@ def main(cfg):
     result, table, samples = evaluate(shelf, judge, planner, x, y, test, test_y, cfg)
     save(cfg.out, "samples.safetensors", lambda part: part.write_bytes(pack(samples)))
     for i in range(100):                                    # requests, to draw and to restore by turns
-        j = torch.randint(len(test), (1,)).to(device); x, phi = noisy(test[j], LEVELS[i % 5])
+        j = torch.randint(len(test), (1,)).to(device); x, phi = with_noise(test[j], LEVELS[i % 5])
         if i % 2: paint(shelf, team_of(test_y[j], cfg), test_y[j], cfg)
         else: clean(shelf, *plan(planner, x, phi, cfg)[1:], x, phi)
     save(cfg.out, "digits.png", draw(samples["images"], shelf, planner, test, cfg).save)

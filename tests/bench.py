@@ -663,6 +663,42 @@ def week08(folder):
     start_up(8, "week08_noisy_router.py", "torch, torchvision")
 
 
+def week09(folder):
+    import copy
+
+    import diffusers
+    import transformers
+    import week09_lora as week
+
+    for kit in (transformers, diffusers.utils):
+        kit.logging.set_verbosity_error()
+    cfg, right = week.Config(), {}
+    torch.manual_seed(cfg.seed)
+    with contextlib.redirect_stdout(io.StringIO()):
+        sd = week.small_model()
+        learn = [w for part in (sd.unet, sd.text_encoder) for w in part.parameters() if w.requires_grad]
+        week.train(sd, learn, "plain", cfg.base_steps, 2e-3, cfg)
+        sd.text_encoder.requires_grad_(False)
+        for style in week.STYLES[1:]:
+            full = copy.deepcopy(sd)
+            full.unet.requires_grad_(True)
+            took = week.train(full, [*full.unet.parameters()], style, cfg.steps, 1e-3, cfg)
+            loras = week.inject_lora(sd.unet, week.EVERYTHING, cfg.rank, cfg.alpha)
+            learn = [w for w in sd.unet.parameters() if w.requires_grad]
+            ours = week.train(sd, learn, style, cfg.steps, cfg.lr, cfg)
+            right[style] = [week.evaluate(part, style, cfg, "")[0] for part in (full, sd)]
+            week.remove_lora(sd.unet, loras)
+    for style, (theirs, here) in right.items():
+        for key in ("style", "shape"):
+            a, b = 1 - theirs[key], 1 - here[key]
+            row(9, f"{style}: wrong in {key}, beside all weights trained", f"{a:.1%}", f"{b:.1%}",
+                max(a, 1e-3) / max(b, 1e-3))  # fmt: skip
+    row(9, "seconds for a style, beside all weights trained", f"{took:.0f} s", f"{ours:.0f} s", took / ours)
+    a, b = (4 * sum(w.numel() for w in part) for part in (full.unet.parameters(), learn))
+    row(9, "bytes of a style, beside a copy of the U-Net", f"{a / 1e6:.2f} MB", f"{b / 1e6:.2f} MB", a / b)
+    start_up(9, "week09_lora.py", "torch, transformers, diffusers")
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", default="data", help="folder of the data sets")

@@ -122,7 +122,7 @@ def test_noise_of_pixels_is_an_angle():
     assert week.to_pixels(torch.tensor([-9.0, 9.0])).tolist() == [0, 1]
     for noise in (0.1, 0.5, 2.0):
         torch.manual_seed(5)
-        x_phi, phi = week.noisy(x, noise)
+        x_phi, phi = week.with_noise(x, noise)
         assert phi.shape == (N, 1, 1, 1)
         torch.manual_seed(5)
         eps = torch.randn(x.shape)
