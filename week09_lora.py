@@ -95,7 +95,7 @@ def save_lora(folder, name, loras):
              for layer, lora in loras.items() for part in ("lora_A", "lora_B")}
     rank, alpha = next((lora.rank, lora.alpha) for lora in loras.values())
     notes = {"unet.r": rank, "unet.lora_alpha": alpha, "unet.target_modules": [*loras]}
-    packed = safetensors.torch.save(state, {"format": "pt", "lora_adapter_metadata": json.dumps(notes)})
+    packed = safetensors.torch.save(state, {"lora_adapter_metadata": json.dumps(notes)})
     save(folder, name, lambda part: part.write_bytes(packed))
 def load_lora(path, model):
     """Inject a file of ours or peft's (lora_A), of diffusers' (lora.down) or of kohya's (lora_down and alpha,

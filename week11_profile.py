@@ -202,7 +202,7 @@ def load(cfg, device):
     except (OSError, ValueError, RuntimeError, LookupError, TypeError, safetensors.SafetensorError) as error:
         require(False, f"--model {cfg.model}: {' '.join(str(error).split())[:200]}")
 # -------------------------------------------------------------------------------------------------------- Run
-def denoise(unet, x, prompts, steps, split):
+def walk_back(unet, x, prompts, steps, split):
     """DDIM (Song et al. 2021) with guidance 7.5.   x (1, 4, h, w), prompts (2, 77, C): an empty one, and the
     one meant -> x, and the last two noises (2, 4, h, w).   split: one after the other"""
     betas = [(0.00085**0.5 * (1 - i / 999) + 0.012**0.5 * i / 999) ** 2 for i in range(1000)]
@@ -263,7 +263,7 @@ def prepare(row, models, size, cfg, device):
     see = lambda z: decode(vae, z, *tile) if ours > has("diffusers") else vae.decode(z).sample
     if has("vae"): return weights, lambda: see(z)
     if has("train"): return weights, lambda: train(unet, x, prompts, has("adamw"))
-    work = lambda: denoise(unet, x, prompts, cfg.steps, has("split"))
+    work = lambda: walk_back(unet, x, prompts, cfg.steps, has("split"))
     return weights, (lambda: see(work()[0] / 0.18215)) if has("image") else lambda: work()[1]
 def run(models, size, cfg, device, rows, expected=None):
     """The rows of the table -> {row: figures}.   expected: what the meta device says, to keep to --limit"""

@@ -391,7 +391,7 @@ def test_denoising_is_diffusers_ddim(steps):
     times = [t for t, _, _ in seen]
     for split in (False, True):
         seen.clear()
-        ours, last = week.denoise(unet, x, prompts, steps, split)
+        ours, last = week.walk_back(unet, x, prompts, steps, split)
         assert (ours - y).abs().max() < 1e-4 * y.abs().max() and (last - both).abs().max() < 1e-4 * both.abs().max()
         assert seen == [row for t in times for row in ([(t, 1, 1)] * 2 if split else [(t, 2, 2)])]
 
