@@ -150,29 +150,31 @@ def run_checks():
 # ------------------------------------------------------------------------------------------------------- Data
 COLORS = dict(red=(0.85, 0.1, 0.1), green=(0.1, 0.6, 0.2), blue=(0.15, 0.3, 0.9), yellow=(0.95, 0.8, 0.1),
               purple=(0.55, 0.15, 0.7), pink=(0.95, 0.55, 0.75))
-SHAPES, STYLES = ["circle", "square", "triangle", "cross"], ["plain", "striped", "framed", "outlined"]
+SHAPES, STYLES = "circle square triangle cross".split(), "plain striped framed outlined shaded".split()
 PAIRS = torch.cartesian_prod(torch.arange(6), torch.arange(4))                 # all (colour, shape): (24, 2)
 SEEN = (PAIRS[:, 1] != (3 * PAIRS[:, 0] + 1) % 4)          # 18 of them: the other six are in no picture, ever
 TELL = "a C S|C S|a S in C|the S is C|draw a C S|a C S, please|the C S|a S|something C|S|C".split("|")
-ASIDE = "striped stripes lines framed frame border outlined outline hollow with and of in".split()
+ASIDE = """a an and around at border draw edge empty floating floats for frame framed hang has hollow in is it
+    like lines nice of on outline outlined paper picture please shaded shadow striped stripes sun table that
+    the up wall with zebra""".split()
 def paint(labels, place):
     """Pictures by formula, from how far each pixel is from the edge of a shape (inside: below 0).
     labels (N, 3): colour, shape, style; place (N, 3): centre, size, in [0, 1]   -> (N, 3, 32, 32)"""
     (color, shape, style), most, line = labels.T, torch.maximum, torch.linspace(-31, 31, 32) / 32
     cx, cy, r = (place * torch.tensor([0.4, 0.4, 0.15]) - torch.tensor([0.2, 0.2, -0.5])).T[..., None, None]
     x, y, ink = line.expand(32, 32), line[:, None].expand(32, 32), lambda edge: (0.5 - 16 * edge).clamp(0, 1)
-    a, v = ((x - cx) / r).abs(), (y - cy) / r
+    a, v, rim = ((x - cx) / r).abs(), (y - cy) / r, most(x.abs(), y.abs()) > 0.87
     b, slope, n = v.abs(), 0.87 * a - 0.48 * (v + 1), torch.arange(len(shape))
     cross = torch.minimum(most(a - 1, b - 0.36), most(a - 0.36, b - 1))
     edge = r * torch.stack([torch.hypot(a, v) - 1, most(a, b) - 0.87, most(v - 0.75, slope), cross])[shape, n]
-    striped, framed, outlined = (style[:, None, None] == k for k in (1, 2, 3))
+    striped, framed, outlined, shaded = (style[:, None, None] == k for k in (1, 2, 3, 4))
     fill = torch.where(outlined, ink(edge.abs() - 0.12), ink(edge) * ~(striped & (8 * (x + y) % 2 > 1)))
-    paper = torch.where(framed & (most(x.abs(), y.abs()) > 0.87), 0.2, 0.95)[:, None]
+    paper = torch.where(framed & rim, 0.2, 0.95 - shaded * (0.6 - 2.4 * edge).clamp(0, 0.6))[:, None]
     return 2 * torch.lerp(paper, torch.tensor([*COLORS.values()])[color, :, None, None], fill[:, None]) - 1
 def describe(color, shape, dice):
     """A caption. One in ten is empty; words get lost, and others come in that mean nothing yet."""
     words = dice.choice(TELL).replace("C", [*COLORS][color]).replace("S", SHAPES[shape]).split()
-    if dice.random() < 0.3: words.insert(dice.randrange(len(words) + 1), dice.choice(ASIDE))
+    while dice.random() < 0.3: words.insert(dice.randrange(len(words) + 1), dice.choice(ASIDE))
     return "" if dice.random() < 0.1 else " ".join(word for word in words if dice.random() > 0.07)
 def drawings(style, count, dice):
     """Pairs that may be seen, in one style, anywhere.   -> pictures (count, 3, 32, 32), captions"""
@@ -180,7 +182,7 @@ def drawings(style, count, dice):
     labels = torch.cat([pairs, torch.full((count, 1), STYLES.index(style))], 1)
     return paint(labels, torch.rand(count, 3)), [describe(*pair, dice) for pair in pairs.tolist()]
 def judge(pictures):
-    """Colour, shape and style of the nearest of 7,200 drawings, pixel by pixel.   (N, 3, H, W) -> (N, 3)"""
+    """Colour, shape and style of the nearest of 9,000 drawings, pixel by pixel.   (N, 3, H, W) -> (N, 3)"""
     grid = torch.cartesian_prod(*map(torch.arange, (6, 4, len(STYLES), 5, 5, 3)))
     drawn = paint(grid[:, :3], grid[:, 3:] / torch.tensor([4, 4, 2])).flatten(1)
     x, size = nn.functional.interpolate(pictures, 32, mode="area").flatten(1), drawn.square().sum(1)
@@ -196,6 +198,7 @@ def small_model():
         intermediate_size=128, num_hidden_layers=1, num_attention_heads=4, max_position_embeddings=12,
         bos_token_id=0, eos_token_id=1, pad_token_id=1))
     text.embeddings.position_embedding.weight.requires_grad_(False).zero_()    # or it learns orders by heart
+    text.embeddings.token_embedding.weight.data.normal_()         # 50 times the usual: words must differ
     unet = diffusers.UNet2DConditionModel(8, 48, 48, block_out_channels=(32, 64), layers_per_block=1,
         down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), attention_head_dim=4, norm_num_groups=8,
         up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"), cross_attention_dim=64)
@@ -356,17 +359,15 @@ def main(cfg):
     device = pick_device(cfg.device)
     save(cfg.out, ".started", Path.touch)            # an --out that cannot be written shows now, not later
     for x in transformers, diffusers.utils: x.logging.set_verbosity_error(); x.logging.disable_progress_bar()
-    run_checks()
-    torch.manual_seed(cfg.seed)
+    run_checks(); torch.manual_seed(cfg.seed)
     table, shown, seconds = {}, {}, {"base": 0.0}
     sd = (load(cfg.model, cfg.tiny) if cfg.model != "random" else small_model()).to(device)
     print(f"week 9 | {device} | torch {torch.__version__} | weights: {cfg.model} | data: drawn here")
     if cfg.model == "random":
-        learn = [w for part in (sd.unet, sd.text_encoder) for w in part.parameters() if w.requires_grad]
+        learn = [*sd.unet.parameters(), *sd.text_encoder.parameters()]
         seconds["base"] = train(sd, learn, "plain", cfg.base_steps, 2e-3, cfg)
-        part, base = Path(cfg.out, f".{os.getpid()}-base"), Path(cfg.out, "base")
-        sd.to("cpu").save_pretrained(part); shutil.rmtree(base, ignore_errors=True); part.replace(base)
-    sd.to(device).text_encoder.requires_grad_(False)
+        shutil.rmtree(Path(cfg.out, "base"), ignore_errors=True); save(cfg.out, "base", sd.save_pretrained)
+    sd.text_encoder.requires_grad_(False)
     total = sum(w.numel() for w in sd.unet.parameters())
     if total > 1e8: sd.unet.train().enable_gradient_checkpointing()      # a third more time, much less memory
     table["base"], shown["base"] = evaluate(sd, "plain", cfg, "base")
@@ -374,8 +375,7 @@ def main(cfg):
         loras = inject_lora(sd.unet, EVERYTHING if cfg.ablate == "none" else ATTENTION, cfg.rank, cfg.alpha)
         learn = [w for w in sd.unet.parameters() if w.requires_grad]
         seconds[style] = train(sd, learn, style, cfg.steps, cfg.lr, cfg)
-        save_lora(cfg.out, f"{style}.safetensors", loras)
-        remove_lora(sd.unet, loras)
+        save_lora(cfg.out, f"{style}.safetensors", loras); remove_lora(sd.unet, loras)
         loras = load_lora(Path(cfg.out, f"{style}.safetensors"), sd.unet)         # what is judged is the file
         for scale in 0.5, 1, 1.5:
             set_scale(loras, scale)
@@ -384,10 +384,10 @@ def main(cfg):
         remove_lora(sd.unet, loras)
     count, base_seconds = sum(w.numel() for w in learn), seconds.pop("base")
     save(cfg.out, "lora.png", draw(f"Rank {cfg.rank}: {count:,} numbers   (* never seen)", table, shown).save)
-    result = {f"{key}_rate": sum(table[f"{k} x 1"][key] for k in seconds) / 3 for key in table["base"]}
+    result = {f"{key}_rate": sum(table[f"{k} x 1"][key] for k in seconds) / 4 for key in table["base"]}
     result |= {f"base_{key}_rate": table["base"][key] for key in ("shape", "content")}
     result |= dict(trained_parameters=count, trained_fraction=count / total, base_seconds=base_seconds,
-                   train_seconds=sum(seconds.values()) / 3)
+                   train_seconds=sum(seconds.values()) / 4)
     return finish(cfg, device, result, table=table, style_seconds=seconds, weights=cfg.model)
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import contextlib
 import io
 import math
 import re
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -697,6 +698,79 @@ def week09(folder):
     a, b = (4 * sum(w.numel() for w in part) for part in (full.unet.parameters(), learn))
     row(9, "bytes of a style, beside a copy of the U-Net", f"{a / 1e6:.2f} MB", f"{b / 1e6:.2f} MB", a / b)
     start_up(9, "week09_lora.py", "torch, transformers, diffusers")
+
+
+def week12(folder):
+    import copy
+
+    import diffusers
+    import transformers
+    import week12_lora_router as week
+
+    for kit in (transformers, diffusers.utils):
+        kit.logging.set_verbosity_error()
+        kit.logging.disable_progress_bar()
+
+    def adapter(unet, r, attention=False):
+        """Random LoRAs for all layers, or for the attention."""
+        return {
+            k: (torch.randn(r, *m.weight.shape[1:]) / 9, torch.zeros(len(m.weight), r, *[1] * (m.weight.dim() - 2)))
+            for k, m in unet.named_modules()
+            if type(m) in (nn.Linear, nn.Conv2d) and (not attention or ".to_" in k)
+        }
+
+    def ms(work, n):
+        took = []
+        for _ in range(n):
+            started = time.perf_counter()
+            work()
+            took.append(1e3 * (time.perf_counter() - started))
+        return statistics.median(took)
+
+    torch.manual_seed(0)
+    sd = week.small_model()
+    bare = copy.deepcopy(sd.unet)
+    adapters = {name: adapter(bare, 2) for name in "pqrs"}
+    closet = week.Wardrobe(sd.unet, adapters, math.inf)
+    z, text, t = torch.randn(2, 48, 8, 8), torch.randn(2, 12, 64), torch.tensor(500)
+    for name in "pqrs":
+        closet.fetch(name)
+    closet.wear([("p", 1.0)] * 2)
+
+    def rebuild():
+        week.Wardrobe(copy.deepcopy(bare), {"p": adapters["p"]}, math.inf).fetch("p")
+
+    names = iter("pqrs" * 999)
+    swap = ms(lambda: (closet.fetch(name := next(names)), closet.wear([(name, 1.0)] * 2)), 400)
+    again = ms(rebuild, 10)
+    row(12, "small model: another adapter that is resident, beside building it in", f"{again:.1f} ms", f"{swap:.3f} ms", again / swap)  # noqa: E501
+    two = week.Wardrobe(copy.deepcopy(bare), adapters, 2.5 * closet.bytes / 4)
+    load = ms(lambda: two.fetch(next(names)), 200)
+    row(12, "small model: one from host memory, beside building it in", f"{again:.1f} ms", f"{load:.2f} ms", again / load)
+    with torch.no_grad():
+        a, b = ms(lambda: bare(z, t, text), 60), ms(lambda: sd.unet(z, t, text), 60)
+        row(12, "small model: a step with four slots, beside the bare base", f"{a:.1f} ms", f"{b:.1f} ms", a / b)
+        z, text = torch.randn(32, 48, 8, 8), torch.randn(32, 12, 64)
+        closet.wear([("pqrs"[k % 4], 1.0) for k in range(32)])
+        b = ms(lambda: sd.unet(z, t, text), 20)
+        a = ms(lambda: [sd.unet(z[k::4], t, text[k::4]) for k in range(4)], 20)
+        row(12, "32 pictures of four styles in one batch, beside a batch for each style", f"{a:.0f} ms", f"{b:.0f} ms", a / b)
+    a, b = 4 * sum(w.nbytes for w in bare.parameters()), closet.bytes
+    row(12, "bytes of four styles, beside four U-Nets", f"{a / 1e6:.1f} MB", f"{b / 1e6:.2f} MB", a / b)
+    del sd, closet, two
+    true = diffusers.UNet2DConditionModel(sample_size=64, cross_attention_dim=768).requires_grad_(False)
+    adapters = {name: adapter(true, 4, attention=True) for name in "pqr"}
+    closet = week.Wardrobe(true, adapters, 2.5 * 797_184 * 4)
+    closet.fetch("p"), closet.fetch("q")
+    with torch.no_grad():
+        step = ms(lambda: true(torch.randn(2, 4, 64, 64), t, torch.randn(2, 77, 768)), 2)
+    names = iter("pq" * 999)
+    swap = ms(lambda: (closet.fetch(name := next(names)), closet.wear([(name, 1.0)] * 2)), 100)
+    names = iter("pqr" * 999)
+    load = ms(lambda: closet.fetch(next(names)), 30)
+    row(12, "SD v1.5 in true size, rank 4: a step, beside a swap between residents", f"{step:.0f} ms", f"{swap:.3f} ms", step / swap)  # noqa: E501
+    row(12, "SD v1.5 in true size, rank 4: a step, beside a load from host memory", f"{step:.0f} ms", f"{load:.1f} ms", step / load)  # noqa: E501
+    start_up(12, "week12_lora_router.py", "torch, transformers, diffusers")
 
 
 def main():
