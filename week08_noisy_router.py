@@ -246,8 +246,7 @@ def train(name, net, loss, x, y, steps, lr, cool, cfg, top=math.pi / 2):
         nn.utils.clip_grad_norm_(net.parameters(), 0.5); optimizer.step()      # one bad batch must not end it
         for kept, w in zip(average.parameters(), net.parameters()): kept.lerp_(w.data, 8 / (7 + step))
         if step % 10 == 0 and time.perf_counter() > shown + 1 or step == steps:
-            if WORLD > 1: torch.distributed.all_reduce(error.detach())
-            shown, error, seconds = time.perf_counter(), error.item() / WORLD, time.perf_counter() - started
+            shown, error, seconds = time.perf_counter(), error.item(), time.perf_counter() - started
             if not math.isfinite(error): sys.exit(f"{name} {step}: the loss is {error}; try another --seed")
             print(f"{name[:-12]:10} {step:5d}/{steps} | loss {error:.4f} | {B * step / seconds:,.0f} img/s | "
                   f"{seconds * (steps / step - 1):.0f} s left")

@@ -366,8 +366,8 @@ def main(cfg):
     if cfg.model == "random":
         learn = [*sd.unet.parameters(), *sd.text_encoder.parameters()]
         seconds["base"] = train(sd, learn, "plain", cfg.base_steps, 2e-3, cfg)
-        shutil.rmtree(Path(cfg.out, "base"), ignore_errors=True); save(cfg.out, "base", sd.save_pretrained)
-    sd.text_encoder.requires_grad_(False)
+        sd.to("cpu"); shutil.rmtree(f"{cfg.out}/base", True); save(cfg.out, "base", sd.save_pretrained)
+    sd.to(device).text_encoder.requires_grad_(False)
     total = sum(w.numel() for w in sd.unet.parameters())
     if total > 1e8: sd.unet.train().enable_gradient_checkpointing()      # a third more time, much less memory
     table["base"], shown["base"] = evaluate(sd, "plain", cfg, "base")

@@ -1,27 +1,24 @@
 # /// script
 # requires-python = ">=3.10"
-# dependencies = ["torch>=2.9", "diffusers>=0.36", "safetensors>=0.4.5", "pillow>=10.1"]
+# dependencies = ["torch>=2.9", "diffusers>=0.36", "transformers>=5.1", "safetensors>=0.4.5", "pillow>=10.1"]
 # ///
 """Week 11: where the memory of Stable Diffusion goes, and how to get it back.
 
 Papers: Chen et al. 2016, "Training Deep Nets with Sublinear Memory Cost"; Dao et al. 2022, "FlashAttention".
-The idea: memory lives from the operation that makes it until nobody needs it. Listen to each operation, note
-each death, and you know all bytes alive, by kind. On the meta device, which has shapes but no numbers, that
-predicts the memory of a model in a second.
+The idea: memory lives from the operation that makes it until nobody needs it. Listen to both, and you know
+all bytes alive, by kind; on the meta device, which has shapes but no numbers, before a model runs.
 
-    python week11_profile.py                              # all techniques, predicted at 512 x 512, then run
-    python week11_profile.py --technique sliced,fused --size 512
-    python week11_profile.py --model FOLDER               # your Stable Diffusion v1.5, or an ID on the hub
+    python week11_profile.py                              # predicted at 512 x 512; run, smaller: --technique
+    python week11_profile.py --model FOLDER               # your Stable Diffusion v1.5
 
 Expected: a 512 x 512 image in 106 MiB instead of 5,626, as predicted; what a CPU then measures is the same.
 """
-import argparse, copy, gc, inspect, itertools, json, math, operator, os, sys, tempfile, time, weakref
+import argparse, copy, gc, inspect, itertools, json, math, operator, os, sys, tempfile, time
 from collections import Counter
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import get_args
-import diffusers, safetensors, torch, torch.nn.functional as F
-from diffusers.models import attention_processor as library
+import diffusers, safetensors, torch, torch.nn.functional as F, torch.utils.checkpoint, transformers, weakref
 from PIL import Image, ImageDraw
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -32,29 +29,32 @@ class Config:
     seed: int = 1337           # the same seed on the same CPU gives the same weights, where they are random
     tiny: bool = False         # everything smallest, and no network: to see that it runs
     out: str = "out/week11"    # folder for everything that is written
-    model: str = "random"      # true size, random weights; or an ID on the hub, or a folder of SD v1.5's kind
-    size: int = 128            # side of the images that are made and measured, in pixels
-    predict: int = 512         # side of those that are predicted, on the meta device
+    model: str = "random"      # true size, random weights; or a folder, or cached ID, of SD v1.5's kind
+    size: int = 128            # side of the images that are made and measured; and tokens of GPT-2's text
+    predict: int = 512         # side of those that are predicted
+    batch: int = 1             # images at once
     steps: int = 1             # denoising steps
     technique: str = "all"     # only rows of the table with one of these words, such as fused,int8
     limit: float = 6.0         # what is predicted to need more GB than this is not run
 TINY = dict(size=64, predict=64)
-SD15 = dict(unet=dict(sample_size=64, cross_attention_dim=768),              # all else is diffusers' default
+FULL = dict(unet=dict(sample_size=64, cross_attention_dim=768), gpt=dict(config=transformers.GPT2Config()),
             vae=dict(block_out_channels=(128, 256, 512, 512), layers_per_block=2, sample_size=512,
                      down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4))
 SMALL = dict(unet=dict(block_out_channels=(16, 32), layers_per_block=1, norm_num_groups=4,
                        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), attention_head_dim=2,
                        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"), cross_attention_dim=24),
-             vae=SD15["vae"] | dict(block_out_channels=(4, 4, 4, 4), norm_num_groups=2, layers_per_block=1))
+             vae=FULL["vae"] | dict(block_out_channels=(4, 4, 4, 4), norm_num_groups=2, layers_per_block=1),
+             gpt=dict(config=transformers.GPT2Config(n_embd=48, n_layer=2, n_head=4)))
+CLEAN = [*(1 - torch.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2).cumprod(0).tolist(), 1]      # alpha-bar
 ROWS = ("unet, unet sliced, unet sliced diffusers, unet fused, unet fused diffusers, unet cache, unet split, "
         "unet half, unet int8, unet fp8 diffusers, unet offload, vae, vae slices, vae slices diffusers, vae "
         "tiles, vae tiles diffusers, train, train checkpoint, train checkpoint diffusers, train adamw, train "
-        "adamw checkpoint fused, image, image half turns, image fused cache split half int8 offload tiles")
+        "adamw checkpoint fused, gpt, gpt cache, gpt cache int8, image, image half turns, image fused cache "
+        "split half int8 offload tiles")
 # ------------------------------------------------------------------------------------------- The memory meter
 class Meter(TorchDispatchMode):
-    """The bytes that are alive on a device, by what they are for, after each operation: the trace.
-    All that torch does, also backward, passes through __torch_dispatch__ with its results: views of storages.
-    One lives until nobody needs it, be it a variable, a view, or autograd, for the backward pass."""
+    """The bytes alive on a device, by kind, after each operation: the trace. All that torch does, backward
+    too, comes to __torch_dispatch__ with its results: views of storages, which live while they are needed."""
     running, unnamed, saved, peak = None, "activations", 0, 0
     def __init__(self, device, weights=()):
         super().__init__()
@@ -79,7 +79,7 @@ class Meter(TorchDispatchMode):
         out = operation(*args, **(kwargs or {}))
         self.note(out if isinstance(out, (tuple, list)) else [out])
         return out
-def measure(work, device, weights):
+def measure(weights, work, device):
     """work() under the meter, then once more without it, for the seconds.   -> Meter, seconds, its result"""
     gc.collect()
     real, whole = F.scaled_dot_product_attention, torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
@@ -112,16 +112,22 @@ def attend(attention, kept=None):
         if kept is not None and prompt is not None:
             kept[attn, id(prompt)] = kv
             if Meter.running: Meter.running.note(kv, "cache")
-        y = attention(split(attn.to_q(x)), *kv)
-        return attn.to_out[0](y.transpose(1, 2).flatten(2))                       # (B, h, n, D) -> (B, n, C)
+        return attn.to_out[0](attention(split(attn.to_q(x)), *kv).transpose(1, 2).flatten(2))     # (B, n, C)
     return processor
+def remember(attn, q, k, v, mask, kept=None, coarse=False, **_):
+    """GPT-2's attention. No token sees those after it: keys and values of the past stay as they are. kept: a
+    dict of them, 2 h D numbers for a token and layer; coarse: bytes, 2 h scales.   q, k, v (1, h, T, D)"""
+    if kept is not None:
+        kv = to_int8(torch.stack([k, v]), -1) if coarse else [torch.stack([k, v])]           # (2, 1, h, T, D)
+        kept[attn] = [torch.cat(both, 3) for both in zip(kept[attn], kv)] if attn in kept else kv
+        if Meter.running: Meter.running.note(kept[attn], "cache")
+        k, v = kept[attn][0] * kept[attn][1] if coarse else kept[attn][0]
+    return F.scaled_dot_product_attention(q, k, v, is_causal=q.shape == k.shape).transpose(1, 2), None
 class Checkpoint(torch.autograd.Function):
-    """Keep the inputs of a block only; compute the rest again when its gradient is due (Chen et al. 2016).
-    Costs one more forward pass, a third of the time. No dropout in it: its dice would fall differently."""
+    """Keep a block's inputs only; compute the rest again for its gradient (Chen et al. 2016). No dropout!"""
     @staticmethod
     def forward(ctx, run, *inputs):
-        ctx.run = run
-        ctx.save_for_backward(*inputs)
+        ctx.run = run; ctx.save_for_backward(*inputs)
         return run(*inputs)                                              # autograd is off: it saves nothing
     @staticmethod
     def backward(ctx, *gradients):
@@ -131,88 +137,89 @@ class Checkpoint(torch.autograd.Function):
         return None, *(x.grad for x in inputs)
 def checkpoint(module):
     """Let a module run as a Checkpoint. What it takes by name, like the prompt, gets no gradient."""
-    forward = module.forward
-    module.forward = lambda *args, **named: Checkpoint.apply(lambda *x: forward(*x, **named), *args)
-class Int8(nn.Module):
-    """A linear or convolutional layer whose weights are bytes, W ~ scale * q: one scale for each output
-    channel, max |W| / 127. The full weights exist only while the layer runs."""
-    def __init__(self, layer):
-        super().__init__()
-        w, self.layer, self.bias = layer.weight.detach().float(), layer, layer.bias
-        scale = w.abs().amax((*range(1, w.ndim),), True).clamp(1e-6) / 127
-        self.register_buffer("scale", scale.to(layer.weight.dtype))
-        self.register_buffer("q", (w / self.scale).round().clamp(-127, 127).to(torch.int8))
-        layer.weight = layer.bias = None
-    def forward(self, x):
-        return getattr(self.layer, "_conv_forward", F.linear)(x, self.scale * self.q, self.bias)
+    module.forward = lambda *args, run=module.forward, **kw: Checkpoint.apply(lambda *x: run(*x, **kw), *args)
+def to_int8(w, dims):
+    """w ~ scale * q, where q are bytes: one scale, max |w| / 127, for all along dims.   -> q, scale"""
+    scale = (w.abs().amax(dims, True).float().clamp(1e-6) / 127).to(w.dtype)
+    return (w.float() / scale).round().clamp(-127, 127).to(torch.int8), scale
+def quantise(layer):
+    """A layer keeps bytes, and a scale for each output channel. Its full weights exist only while it runs."""
+    layer.q, layer.scale = map(nn.Buffer, to_int8(layer.weight.detach(), (*range(1, layer.weight.ndim),)))
+    del layer.weight
+    layer.register_forward_pre_hook(lambda layer, _: setattr(layer, "weight", layer.scale * layer.q))
+    layer.register_forward_hook(lambda layer, *_: delattr(layer, "weight"))
 def offload(model, folder, device, whole=False):
     """Weights lie in a file: those of a layer come just before it runs, and go after it. whole: those of all
     layers at once, for models that take turns. Else they are on the meta device, where they need nothing."""
-    places, disk = {}, tempfile.TemporaryFile(dir=folder)
-    for name, w in model.state_dict().items() if device.type != "meta" else ():
-        places[name] = disk.tell()
-        disk.write(w.cpu().flatten().view(torch.uint8).numpy())
-    def put(weights):
-        for name, w in weights.items():
-            owner, _, last = name.rpartition(".")
-            setattr(model.get_submodule(owner), last, nn.Parameter(w, requires_grad=False))
-    def come(away):
-        here = {}
-        for name, w in away.items():
-            here[name] = torch.empty(w.shape, dtype=w.dtype, device="cpu" if places else "meta")
-            if places: disk.seek(places[name]); disk.readinto(here[name].flatten().view(torch.uint8).numpy())
-            here[name] = here[name].to(device)
-            if Meter.running: Meter.running.note([here[name]], "weights")
-        put(here)
-    for path, unit in [*model.named_modules()][: 1 if whole else None]:
-        mine = [*unit.named_parameters(path, whole), *unit.named_buffers(path, whole)]
-        away = {name: w.detach().to("meta") for name, w in mine}
-        put(away)
-        unit.register_forward_pre_hook(lambda *_, away=away: come(away))
-        unit.register_forward_hook(lambda *_, away=away: put(away))
+    disk, real = tempfile.TemporaryFile(dir=folder), device.type != "meta"
+    for layer in model.modules():
+        home = {}
+        for name, w in [*layer.named_parameters("", False), *layer.named_buffers("", False)]:
+            home[name] = nn.Parameter(w.detach().to("meta"), False), disk.tell()
+            if real: disk.write(w.detach().cpu().flatten().view(torch.uint8).numpy())
+        def come(*_, layer=layer, home=home):
+            for name, (w, place) in home.items():
+                here = torch.empty_like(w, device="cpu" if real else "meta")
+                if real: disk.seek(place); disk.readinto(here.flatten().view(torch.uint8).numpy())
+                setattr(layer, name, nn.Parameter(here.to(device), requires_grad=False))
+                if Meter.running: Meter.running.note([getattr(layer, name)], "weights")
+        def go(*_, layer=layer, home=home):
+            for name, (w, _) in home.items(): setattr(layer, name, w)
+        go()
+        (model if whole else layer).register_forward_pre_hook(come, prepend=True)      # before those of int8
+        (model if whole else layer).register_forward_hook(go)
 def decode(vae, z, tile, margin):
     """One image after the other, in squares of `tile` latent pixels, with a margin that is cut off again.
     z (B, 4, h, w) -> (B, 3, 8h, 8w)   Where there are several, group norm sees one, not the whole."""
     wide, side = F.pad(z, [margin] * 4, mode="replicate"), tile + 2 * margin
     cut = slice(m := margin * 2 ** (len(vae.config.block_out_channels) - 1), -m or None)
     see = lambda b, y, x: vae.decode(wide[b : b + 1, :, y : y + side, x : x + side]).sample[:, :, cut, cut]
-    image = lambda b: torch.cat([torch.cat([see(b, y, x) for x in range(0, z.shape[3], tile)], 3)
-                                 for y in range(0, z.shape[2], tile)], 2)
+    down, across = (range(0, n, tile) for n in z.shape[2:])
+    image = lambda b: torch.cat([torch.cat([see(b, y, x) for x in across], 3) for y in down], 2)
     return torch.cat([image(b) for b in range(len(z))])
 # ----------------------------------------------------------------------------------------------------- Checks
 def run_checks():
-    """The meter against bytes counted by hand."""
+    """The meter against bytes counted by hand; in GPT-2's cache: 64 numbers, or 64 bytes and a scale of 4."""
     x = torch.zeros(1000)                # 4000 bytes; then 4000, and 4000, a view, in place, and 8000
-    meter, *_ = measure(lambda: ((x + 1) * 2).view(10, 100).add_(1).double(), x.device, [x])
+    meter, *_ = measure([x], lambda: ((x + 1) * 2).view(10, 100).add_(1).double(), x.device)
     check("bytes at the peak and at the end, by hand", [meter.peak, meter.live.total()], [16000, 12000], 0)
+    with torch.device("meta"): gpt = transformers.GPT2LMHeadModel(**FULL["gpt"])    # 2 x 12 layers x 12 heads
+    told = run(dict(gpt=gpt), 16, Config(), gpt.device, ["gpt cache", "gpt cache int8"]).values()
+    check("KV cache of GPT-2, bytes a token; in 8 bits", [f["cache"] / 16 for f in told], [73728, 19584], 0)
 # ------------------------------------------------------------------------------------------------------- Data
 def load(cfg, device):
-    """-> {"unet": U-Net, "vae": VAE} of --model, or random ones of the true size"""
-    kinds = dict(unet=diffusers.UNet2DConditionModel, vae=diffusers.AutoencoderKL)
-    if cfg.model == "random":
-        sizes = SMALL if cfg.tiny else SD15
-        with torch.device(device): return {part: kind(**sizes[part]).eval() for part, kind in kinds.items()}
-    ask = dict(use_safetensors=True, low_cpu_mem_usage=False, output_loading_info=True)
+    """-> {"unet": U-Net, "vae": VAE, "gpt": GPT-2} of the true size, random; or the first two from --model"""
+    kinds = dict(unet=diffusers.UNet2DConditionModel, vae=diffusers.AutoencoderKL,
+                 gpt=transformers.GPT2LMHeadModel)
+    sizes, random = SMALL if cfg.tiny else FULL, kinds if cfg.model == "random" else ["gpt"]
+    with torch.device(device): models = {part: kinds[part](**sizes[part]).eval() for part in random}
+    ask = dict(use_safetensors=True, low_cpu_mem_usage=False, output_loading_info=True, local_files_only=True)
     try:
-        found = {part: kind.from_pretrained(cfg.model, subfolder=part, local_files_only=cfg.tiny, **ask)
-                 for part, kind in kinds.items()}
-        missing = [key for _, report in found.values() for key in report["missing_keys"]]
-        if missing: raise ValueError(f"{missing[0]} is missing")
-        return {part: model.float().to(device).eval() for part, (model, _) in found.items()}
+        for part in kinds.keys() - models.keys():
+            model, report = kinds[part].from_pretrained(cfg.model, subfolder=part, **ask)
+            for key in report["missing_keys"]: raise ValueError(f"{key} is missing")
+            models[part] = model.float().to(device).eval()
+        return models
     except (OSError, ValueError, RuntimeError, LookupError, TypeError, safetensors.SafetensorError) as error:
         require(False, f"--model {cfg.model}: {' '.join(str(error).split())[:200]}")
 # -------------------------------------------------------------------------------------------------------- Run
 def walk_back(unet, x, prompts, steps, split):
-    """DDIM (Song et al. 2021) with guidance 7.5.   x (1, 4, h, w), prompts (2, 77, C): an empty one, and the
-    one meant -> x, and the last two noises (2, 4, h, w).   split: one after the other"""
-    betas = [(0.00085**0.5 * (1 - i / 999) + 0.012**0.5 * i / 999) ** 2 for i in range(1000)]
-    alpha = [*itertools.accumulate((1 - beta for beta in betas), operator.mul), 1]
-    parts, times = prompts.split(1 if split else 2), [1000 * i // steps - 1 for i in range(steps, -1, -1)]
+    """DDIM (Song et al. 2021) with guidance 7.5.   x (B, 4, h, w), prompts (2 B, 77, C): B empty ones, and B
+    that are meant -> x, and the last noises (2 B, 4, h, w).   split: one half after the other"""
+    parts, times = prompts.chunk(2 if split else 1), [1000 * i // steps - 1 for i in range(steps, -1, -1)]
     for now, after in itertools.pairwise(times):
-        both = torch.cat([unet(x.expand(len(part), -1, -1, -1), now, part).sample for part in parts])
-        a, b, noise = alpha[now], alpha[after], both[:1] + 7.5 * (both[1:] - both[:1])
+        both = torch.cat([unet(x.repeat(len(part) // len(x), 1, 1, 1), now, part).sample for part in parts])
+        a, b, noise = CLEAN[now], CLEAN[after], 7.5 * both[len(x) :] - 6.5 * both[: len(x)]
         x = b**0.5 * (x - (1 - a) ** 0.5 * noise) / a**0.5 + (1 - b) ** 0.5 * noise
     return x, both
+def write(gpt, tokens, kept, coarse):
+    """The last eighth of the tokens (1, S) come one by one, as when GPT-2 writes. -> logits (S / 8, V)"""
+    (_, S), logits, past = tokens.shape, [], 0
+    for now in range(S - S // 8 + 1, S + 1):
+        ask = dict(position_ids=torch.arange(past, now, device=tokens.device)[None], use_cache=False)
+        logits.append(gpt(tokens[:, past:now], logits_to_keep=1, kept=kept, coarse=coarse, **ask).logits[0])
+        past = now if kept else 0
+    return torch.cat(logits)
 def train(unet, x, prompts, adamw):
     """Two steps with AdamW; or one without, where a gradient goes as soon as it has come, as it can if used
     within the backward pass. -> the gradient that has the longest way"""
@@ -222,13 +229,10 @@ def train(unet, x, prompts, adamw):
         if not adamw and w is not unet.conv_in.weight: w.grad = None
     for w in unet.parameters(): w.register_post_accumulate_grad_hook(arrived)
     for _ in range(1 + adamw):
-        unet.zero_grad()
-        loss = unet(x, 500, prompts[:1]).sample.square().mean()
+        unet.zero_grad(); loss = unet(x, 500, prompts).sample.square().mean()
         if Meter.running: Meter.running.saved = Meter.running.live["activations"]
         loss.backward()
-        Meter.unnamed = "optimizer"
-        if adamw: optimizer.step()
-        Meter.unnamed = "activations"
+        if adamw: Meter.unnamed = "optimizer"; optimizer.step(); Meter.unnamed = "activations"
     return unet.conv_in.weight.grad
 def twin(model, change):
     """A copy of a model with changed weights; where they are the same, they are shared."""
@@ -236,13 +240,17 @@ def twin(model, change):
 def prepare(row, models, size, cfg, device):
     """A row of the table -> the weights that are there before it starts, and its work, as a function."""
     has, side, dice = row.split().__contains__, size // 8, torch.Generator().manual_seed(cfg.seed)
+    if has("gpt"):
+        transformers.AttentionInterface.register("remember", remember)
+        models["gpt"].set_attn_implementation("remember")
+        gpt, tokens = models["gpt"], torch.randint(97, (1, min(size, 1024)), generator=dice).to(device)
+        return [*gpt.parameters()], lambda: write(gpt, tokens, {} if has("cache") else None, has("int8"))
     dtype = (torch.float16 if device.type == "cuda" else torch.bfloat16) if has("half") else torch.float32
     unet = twin(models["unet"], lambda w: w.to(torch.float8_e4m3fn if has("fp8") and w.ndim > 1 else dtype))
     vae = twin(models["vae"], lambda w: w.to(dtype)) if has("vae") or has("image") else None
     unet.set_attn_processor(attend(fused if has("fused") else sliced if has("sliced") else naive,
                                    {} if has("cache") else None))
-    for m, name, layer in [(m, *child) for m in unet.modules() for child in m.named_children()] * has("int8"):
-        if isinstance(layer, (nn.Linear, nn.Conv2d)): setattr(m, name, Int8(layer))
+    unet.apply(lambda m: has("int8") and isinstance(m, (nn.Linear, nn.Conv2d)) and quantise(m))
     if has("checkpoint") > has("diffusers"):
         unet.apply(lambda m: type(m).__name__ in ("ResnetBlock2D", "Transformer2DModel") and checkpoint(m))
     if has("diffusers"):
@@ -251,18 +259,17 @@ def prepare(row, models, size, cfg, device):
             vae.tile_latent_min_size, vae.tile_sample_min_size = side // 2, size // 2       # 3 x 3, like ours
         elif has("checkpoint"): unet.train().enable_gradient_checkpointing()
         elif has("fp8"): unet.enable_layerwise_casting(torch.float8_e4m3fn, dtype)
-        else: unet.set_attn_processor(library.AttnProcessor2_0() if has("fused") else
-                                      library.SlicedAttnProcessor(1))
-    models = [vae.decoder] if has("vae") else [unet, vae.decoder] if vae else [unet]
-    away = has("turns") or has("offload")
+        elif has("fused"): unet.set_attn_processor(diffusers.models.attention_processor.AttnProcessor2_0())
+        else: unet.set_attn_processor(diffusers.models.attention_processor.SlicedAttnProcessor(1))
+    models, away = [unet][has("vae") :] + ([vae.decoder] if vae else []), has("turns") or has("offload")
     for model in models * away: offload(model, cfg.out, device, has("turns"))
     weights = [w for model in models * (not away) for w in (*model.parameters(), *model.buffers())]
-    x, z, prompts = (torch.randn(shape, generator=dice).to(device, dtype) for shape in (
-        (1, 4, side, side), (2, 4, side, side), (2, 77, unet.config.cross_attention_dim)))
+    x, prompts = (torch.randn(shape, generator=dice).to(device, dtype) for shape in (
+        (cfg.batch, 4, side, side), (2 * cfg.batch, 77, unet.config.cross_attention_dim)))
     tile, ours = (side * 3 // 8, side // 16) if has("tiles") else (side, 0), has("tiles") or has("slices")
     see = lambda z: decode(vae, z, *tile) if ours > has("diffusers") else vae.decode(z).sample
-    if has("vae"): return weights, lambda: see(z)
-    if has("train"): return weights, lambda: train(unet, x, prompts, has("adamw"))
+    if has("vae"): return weights, lambda z=torch.cat([x, -x]): see(z)
+    if has("train"): return weights, lambda: train(unet, x, prompts[: len(x)], has("adamw"))
     work = lambda: walk_back(unet, x, prompts, cfg.steps, has("split"))
     return weights, (lambda: see(work()[0] / 0.18215)) if has("image") else lambda: work()[1]
 def run(models, size, cfg, device, rows, expected=None):
@@ -271,42 +278,36 @@ def run(models, size, cfg, device, rows, expected=None):
     for row in rows:
         if expected and (need := expected[row]["peak_bytes"] / 1e9) > cfg.limit:
             print(f"{row:47} | not run: needs {need:.1f} GB, more than --limit"); continue
-        weights, work = prepare(row, models, size, cfg, device)
-        with torch.set_grad_enabled("train" in row): meter, seconds, out = measure(work, device, weights)
+        with torch.set_grad_enabled("train" in row):
+            meter, seconds, out = measure(*prepare(row, models, size, cfg, device), device)
         found[row] = f = dict(peak_bytes=meter.peak, seconds=seconds, saved=meter.saved, trace=meter.trace)
         f |= {kind: max(moment.get(kind, 0) for moment in meter.trace) for kind in meter.live}
         if not expected: continue
         base, slow = first.setdefault(row.split()[0], (out.float(), seconds))
         f |= dict(slower=seconds / slow, max_abs_diff=(out - base).abs().max().item(),
                   relative_error=((out - base).norm() / base.norm()).item())
+        if "gpt" in row: f["tokens_per_second"] = len(out) / seconds
         print(f"{row:47} | {meter.peak / 2**20:8.1f} MiB | {seconds:6.2f} s, {f['slower']:5.2f} x | "
-              f"max|diff| {f['max_abs_diff']:.1e}, {f['relative_error']:.1e} of it")
+              f"max|diff| {f['max_abs_diff']:.1e}, {f['relative_error']:.1e} of it"
+              + (f" | {len(out) / seconds:.1f} tok/s" if "gpt" in row else ""))
     return found
 # --------------------------------------------------------------------------------------------------- Pictures
 COLORS = dict(weights="#36b", optimizer="#96c", gradients="#3a8", activations="#f93", cache="#c33")
-def draw(predicted, measured, cfg):
-    """Left, what is alive over the operations of an image and of training; right, the peak of each row."""
+def draw(predicted, cfg):
+    """What is alive over the operations of an image, above, and of training: before, left, and after."""
     pen = ImageDraw.Draw(page := Image.new("RGB", (1600, 900), "white"))
     pen.text((24, 14), f"Live memory, predicted for {cfg.predict} x {cfg.predict}", "black", font_size=26)
-    for i, (kind, color) in enumerate(COLORS.items()):
-        pen.text((24 + 150 * i, 58), kind, color, font_size=18)
+    for i, (kind, color) in enumerate(COLORS.items()): pen.text((24 + 150 * i, 58), kind, color, font_size=18)
     for i, j in itertools.product(range(2), range(2)):
         rows = [row for row in predicted if row.startswith(("image", "train adamw")[i])] or ["train"]
         trace, peak = (predicted[rows[-j]][key] for key in ("trace", "peak_bytes"))
-        x, y, scale = 24 + 430 * j, 480 + 400 * i, 330 / predicted[rows[0]]["peak_bytes"]
+        x, y, scale = 24 + 790 * j, 480 + 400 * i, 330 / predicted[rows[0]]["peak_bytes"]
         pen.text((x, y - 378), f"{rows[-j]}\n{peak / 2**20:,.0f} MiB at the peak", "black", font_size=17)
-        for column in range(410):
-            part = trace[column * len(trace) // 410 :][: 1 + len(trace) // 410]
+        for column in range(760):
+            part = trace[column * len(trace) // 760 :][: 1 + len(trace) // 760]
             low, moment = y, max(part, key=lambda moment: sum(moment.values()))
             for kind, color in COLORS.items():
                 pen.line([x + column, low, x + column, low := low - scale * moment.get(kind, 0)], color)
-    for i, (row, f) in enumerate(predicted.items()):
-        top = max(g["peak_bytes"] for r, g in predicted.items() if r.split()[0] == row.split()[0])
-        size, y = 230 * f["peak_bytes"] / top, 70 + 34 * i
-        pen.text((1170, y), row.replace("half int8", "\nhalf int8"), "black", None, "rm", font_size=15)
-        pen.rectangle([1180, y - 10, 1180 + size, y + 10], COLORS["weights"])
-        time = f"{measured[row]['slower']:.2f} x time" if row in measured else "not run"
-        pen.text((1190 + size, y), f"{f['peak_bytes'] / 2**20:,.0f} MiB, {time}", 0, None, "lm", font_size=15)
     return page
 # ---------------------------------------------------------------- Plumbing, the same wherever a week needs it
 def require(ok, message):
@@ -364,7 +365,7 @@ def finish(cfg, device, result, **context):
 # ------------------------------------------------------------------------------------------------------- Main
 def main(cfg):
     """Check, load, predict, measure, compare, draw.  Returns the figures of the RESULT line."""
-    for flag, low in dict(seed=0, steps=1, limit=0, size=64, predict=64).items():
+    for flag, low in dict(seed=0, batch=1, steps=1, limit=0, size=64, predict=64).items():
         value, high, unit = getattr(cfg, flag), 2**62 if flag == "seed" else 8192, 64 if low == 64 else 1e-9
         require(low <= value <= high and value % unit < 1e-9, f"--{flag} {value}: {low} to {high}, by {unit}")
     asked, words = {*cfg.technique.split(",")}, {"all", *ROWS.replace(",", "").split()}
@@ -381,15 +382,14 @@ def main(cfg):
     predicted = run(skeletons, cfg.predict, cfg, meta, rows)
     same = predicted if cfg.predict == cfg.size else run(skeletons, cfg.size, cfg, meta, rows)
     measured = run(models, cfg.size, cfg, device, rows, same)
-    if device.type == "cpu":                         # where AdamW counts its steps, whatever the device
+    if device.type == "cpu" and measured:            # where AdamW counts its steps, whatever the device
         peaks = [[f[row]["peak_bytes"] for row in measured if "adamw" not in row] for f in (measured, same)]
         check("peaks measured == peaks predicted on meta", *peaks, 0)
-    save(cfg.out, "memory.png", draw(predicted, measured, cfg).save)
+    save(cfg.out, "memory.png", draw(predicted, cfg).save)
     for f in [*predicted.values(), *measured.values()]: f.pop("trace", None)
     image = [f["peak_bytes"] for row, f in predicted.items() if row.startswith("image")]
     return finish(cfg, device, dict(peak_before=image[0], peak_after=min(image)), weights=cfg.model,
                   predicted_peaks=predicted, measured_peaks=measured)
-
 if __name__ == "__main__":
     sys.stdout.reconfigure(line_buffering=True)
     try:

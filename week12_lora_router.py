@@ -236,8 +236,8 @@ def make(cfg, device):
     """Train the small model, then, with it frozen, an adapter for each style.   -> --out: base, adapters"""
     sd, R = small_model().to(device), 2
     train(sd, [*sd.unet.parameters(), *sd.text_encoder.parameters()], STYLES[:1], cfg.base_steps, 2e-3, cfg)
-    shutil.rmtree(Path(cfg.out, "base"), ignore_errors=True); save(cfg.out, "base", sd.save_pretrained)
-    sd.text_encoder.requires_grad_(False)
+    sd.to("cpu"); shutil.rmtree(f"{cfg.out}/base", True); save(cfg.out, "base", sd.save_pretrained)
+    sd.to(device).text_encoder.requires_grad_(False)
     empty = {k: (m.weight[:R], 0) for k, m in sd.unet.named_modules() if type(m) in (nn.Linear, nn.Conv2d)}
     wardrobe = Wardrobe(sd.unet, dict.fromkeys(PHRASES, empty), math.inf)            # A is drawn, and B is 0
     wardrobe.worn = {style: n for n, style in enumerate(PHRASES)}

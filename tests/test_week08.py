@@ -359,6 +359,34 @@ def test_frechet_of_gaussians():
     assert week.frechet(wide, wide) == pytest.approx(0, abs=1e-3)
 
 
+def test_each_row_of_the_table_asks_whom_it_names(folder, monkeypatch):
+    """A planner that is sure of a digit in every image, right in half of them."""
+    x, y, asked, drawn = torch.randn(1000, 1, 28, 28), torch.arange(1000) % 10, [], []
+    seen = (y + torch.arange(1000) // 10 % 2) % 10
+    p = F.one_hot(seen, 10).float() * 0.9 + 0.01
+    restored = lambda shelf, expert, digit, x_phi, phi: asked.append((expert, digit)) or x_phi * 0 + 0.5  # noqa: E731
+    painted = lambda shelf, expert, digit, cfg: drawn.append((expert, digit)) or torch.rand(1000, 1, 28, 28)  # noqa: E731
+    monkeypatch.setattr(week, "clean", restored)
+    monkeypatch.setattr(week, "paint", painted)
+    with torch.no_grad():
+        figures, table, _ = week.evaluate(None, week.reader(), Fixed(p), x, y, x, y, folder)
+    everyone, nobody = torch.arange(10).repeat_interleave(100), torch.full((1000,), -1)
+    for (expert, digit), whom in zip(drawn, (nobody, everyone // 2), strict=True):
+        assert torch.equal(expert, whom) and torch.equal(digit, everyone)
+    assert len(asked) == 5 * len(week.LEVELS)
+    for i in range(len(week.LEVELS)):
+        alone, generalist, experts, oracle, by_dice = asked[5 * i : 5 * i + 5]
+        assert torch.equal(alone[0], nobody) and (alone[1] == 10).all(), "nobody says the digit"
+        assert torch.equal(generalist[0], nobody) and torch.equal(generalist[1], seen)
+        assert torch.equal(experts[0], seen // 2) and torch.equal(experts[1], seen)
+        assert torch.equal(oracle[0], y // 2) and torch.equal(oracle[1], y)
+        assert by_dice[0].unique().tolist() == [0, 1, 2, 3, 4] and torch.equal(by_dice[1], seen)
+        assert 0.1 < (by_dice[0] == experts[0]).float().mean() < 0.3
+    assert figures["planner_accuracy"] == 0.5 and figures["abstained"] == 0
+    expected = -10 * (0.5 - week.to_pixels(x)).square().mean().log10().item()
+    assert table[0.5]["psnr_generalist"] == pytest.approx(expected, abs=1e-4)
+
+
 # --------------------------------------------------------------------------------------------------- training
 
 
@@ -454,6 +482,15 @@ def test_the_same_seed_shows_the_same_and_another_name_another(tmp_path):
     assert len({*draws, torch.rand(1).item()}) == 4
     week.seed(week.Config(), "a", 1)
     assert torch.rand(1).item() == draws[0]
+
+
+def test_processes_wait_for_each_other_only_in_the_gradients(tmp_path, monkeypatch):
+    """Lines are printed by the clock, and clocks differ: a process that waited there could wait for ever."""
+    monkeypatch.setattr(week, "WORLD", 2)
+    monkeypatch.setattr(nn.parallel, "DistributedDataParallel", lambda net: net)
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda *args: pytest.fail("all_reduce"))
+    seen, *_ = shown(tmp_path, steps=12)
+    assert [len(batch[0]) for batch in seen] == [15] * 12
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):

@@ -286,13 +286,15 @@ def test_a_drawing_pixel_by_pixel():
     assert torch.allclose(square[:, 8, 8], red) and torch.allclose(circle[:, 8, 8], paper)
     assert torch.allclose(triangle[:, 21, 10], red) and torch.allclose(triangle[:, 9, 10], paper)
     assert torch.equal(square, square.flip(1)) and torch.equal(triangle, triangle.flip(2))
-    striped, framed, outlined = (week.paint(torch.tensor([[0, 1, k]]), middle)[0] for k in (1, 2, 3))
+    striped, framed, outlined, shaded = (week.paint(torch.tensor([[0, 1, k]]), middle)[0] for k in (1, 2, 3, 4))
     stripe = striped[:, 10:22, 10:22].flatten(1)
     assert set(stripe[0].tolist()) == {red[0].item(), stripe.max().item()}
     assert 0.7 < (stripe[1] == red[1]).float().mean() < 0.8
     assert torch.allclose(framed[:, 1, 16], torch.tensor(-0.6)) and torch.allclose(framed[:, 16, 16], red)
     assert torch.allclose(framed[:, 2, 2], paper) and torch.allclose(framed[:, 29, 29], paper)
     assert torch.allclose(outlined[:, 16, 16], paper) and (outlined[1] < 0).sum() > 40
+    assert torch.allclose(shaded[:, 16, 16], red) and torch.allclose(shaded[:, 1, 1], paper)
+    assert (shaded[0, 16, 1:8].diff() <= 0).all() and shaded[0, 16, 5] < 0.6, "darkest beside the shape"
 
 
 def test_six_pairs_are_never_shown():
@@ -437,11 +439,11 @@ def test_a_run_and_what_it_leaves(run):
         assert numbers == first["trained_parameters"]
     assert 0.03 < first["trained_fraction"] < 0.05 and first["base_seconds"] > 0 == second["base_seconds"]
     assert first["style_rate"] == pytest.approx(
-        sum(metrics["table"][f"{style} x 1"]["style"] for style in week.STYLES[1:]) / 3)  # fmt: skip
+        sum(metrics["table"][f"{style} x 1"]["style"] for style in week.STYLES[1:]) / 4)  # fmt: skip
     assert second["trained_parameters"] < first["trained_parameters"] / 3
     assert json.loads((folder / "b" / "metrics.json").read_text())["table"]["base"] == metrics["table"]["base"]
     with Image.open(folder / "a" / "lora.png") as page:
-        assert page.size == (1000, 110 + 100 * 10)
+        assert page.size == (1000, 110 + 100 * 13)
 
 
 def test_the_saved_base_is_a_pipeline_of_diffusers(run):
