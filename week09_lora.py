@@ -377,7 +377,7 @@ def main(cfg):
         seconds[style] = train(sd, learn, style, cfg.steps, cfg.lr, cfg)
         save_lora(cfg.out, f"{style}.safetensors", loras); remove_lora(sd.unet, loras)
         loras = load_lora(Path(cfg.out, f"{style}.safetensors"), sd.unet)         # what is judged is the file
-        for scale in 0.5, 1, 1.5:
+        for scale in (1,) if cfg.tiny else (0.5, 1, 1.5):
             set_scale(loras, scale)
             row = f"{style} x {scale}"
             table[row], shown[row] = evaluate(sd, style, cfg, row)

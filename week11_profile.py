@@ -212,7 +212,7 @@ def walk_back(unet, x, prompts, steps, split):
         a, b, noise = CLEAN[now], CLEAN[after], 7.5 * both[len(x) :] - 6.5 * both[: len(x)]
         x = b**0.5 * (x - (1 - a) ** 0.5 * noise) / a**0.5 + (1 - b) ** 0.5 * noise
     return x, both
-def write(gpt, tokens, kept, coarse):
+def recite(gpt, tokens, kept, coarse):
     """The last eighth of the tokens (1, S) come one by one, as when GPT-2 writes. -> logits (S / 8, V)"""
     (_, S), logits, past = tokens.shape, [], 0
     for now in range(S - S // 8 + 1, S + 1):
@@ -244,7 +244,7 @@ def prepare(row, models, size, cfg, device):
         transformers.AttentionInterface.register("remember", remember)
         models["gpt"].set_attn_implementation("remember")
         gpt, tokens = models["gpt"], torch.randint(97, (1, min(size, 1024)), generator=dice).to(device)
-        return [*gpt.parameters()], lambda: write(gpt, tokens, {} if has("cache") else None, has("int8"))
+        return [*gpt.parameters()], lambda: recite(gpt, tokens, {} if has("cache") else None, has("int8"))
     dtype = (torch.float16 if device.type == "cuda" else torch.bfloat16) if has("half") else torch.float32
     unet = twin(models["unet"], lambda w: w.to(torch.float8_e4m3fn if has("fp8") and w.ndim > 1 else dtype))
     vae = twin(models["vae"], lambda w: w.to(dtype)) if has("vae") or has("image") else None
@@ -280,9 +280,9 @@ def run(models, size, cfg, device, rows, expected=None):
             print(f"{row:47} | not run: needs {need:.1f} GB, more than --limit"); continue
         with torch.set_grad_enabled("train" in row):
             meter, seconds, out = measure(*prepare(row, models, size, cfg, device), device)
-        found[row] = f = dict(peak_bytes=meter.peak, seconds=seconds, saved=meter.saved, trace=meter.trace)
+        found[row] = f = dict(peak_bytes=meter.peak, seconds=seconds, saved=meter.saved)
         f |= {kind: max(moment.get(kind, 0) for moment in meter.trace) for kind in meter.live}
-        if not expected: continue
+        if not expected: f["trace"] = meter.trace; continue
         base, slow = first.setdefault(row.split()[0], (out.float(), seconds))
         f |= dict(slower=seconds / slow, max_abs_diff=(out - base).abs().max().item(),
                   relative_error=((out - base).norm() / base.norm()).item())

@@ -563,6 +563,7 @@ def week10(folder):
 def week11(folder):
     """Memory on the meta device, at the true size; times on a U-Net of a tenth of the width."""
     import diffusers
+    import transformers
     import week11_profile as week
     from torch.distributed._tools.mem_tracker import MemTracker
 
@@ -608,6 +609,17 @@ def week11(folder):
             with week.Meter("cpu", models["unet"].parameters()):
                 work()
 
+        gpt = transformers.GPT2LMHeadModel(transformers.GPT2Config()).eval()
+        none, kept, coarse = (week.prepare(name, dict(gpt=gpt), 128, cfg, cpu)[1] for name in (
+            "gpt", "gpt cache", "gpt cache int8"))  # fmt: skip
+        race(11, "16 tokens of GPT-2 after 112, beside no cache", none, kept, repeats=3, warmup=1)
+        race(11, "the same in 8 bits, beside the whole cache", kept, coarse, repeats=3, warmup=1)
+        ids = torch.randint(97, (1, 113))
+        ask = dict(attention_mask=torch.ones_like(ids), min_new_tokens=16, max_new_tokens=16, do_sample=False)
+        usual = transformers.GPT2LMHeadModel(gpt.config).eval()
+        usual.set_attn_implementation("sdpa")
+        race(11, "16 tokens, beside transformers' generate", lambda: usual.generate(ids, pad_token_id=0, **ask), kept,
+             repeats=3, warmup=1)  # fmt: skip
         race(11, "a pass under the meter, beside torch's MemTracker", tracked, metered, repeats=5, warmup=1)
         race(11, "a pass under the meter, beside none", work, metered, repeats=5, warmup=1)
     start_up(11, "week11_profile.py", "torch, diffusers")

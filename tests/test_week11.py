@@ -686,6 +686,22 @@ def test_a_broken_model_is_refused(harm, folder, tmp_path, refused):
     refused(call, week, "--tiny", "--out", tmp_path / "out", "--model", broken, names=["--model", str(broken)])
 
 
+def test_an_id_of_the_hub_is_looked_for_in_the_cache_only(monkeypatch, refused):
+    def nowhere(name, **ask):
+        assert ask["local_files_only"] and ask["use_safetensors"]
+        raise OSError(f"{name} is not\nin the cache")
+
+    for kind in (diffusers.UNet2DConditionModel, diffusers.AutoencoderKL):
+        monkeypatch.setattr(kind, "from_pretrained", nowhere)
+    refused(week.load, week.Config(tiny=True, model="nobody/nothing"), CPU, names=["--model nobody/nothing", "cache"])
+
+
+def test_where_nothing_fits_nothing_is_run(tmp_path, capsys):
+    call(week, "--tiny", "--out", tmp_path, "--technique", "gpt", "--limit", 0)
+    assert json.loads((tmp_path / "metrics.json").read_text())["measured_peaks"] == {}
+    assert "peaks measured" not in capsys.readouterr().out
+
+
 def test_mistakes_are_refused(tmp_path, refused):
     for flag, value in [("size", 100), ("size", 0), ("size", 10**9), ("predict", 32), ("predict", -64), ("steps", 0)]:
         refused(call, week, "--tiny", "--out", tmp_path, f"--{flag}", value, names=[f"--{flag} {value}"])
