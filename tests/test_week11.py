@@ -340,10 +340,12 @@ def test_offloaded_weights_come_and_go(whole, coarse, tmp_path):
         before, expected = meter_of(lambda: unet(x, t, prompt).sample, held)
         plain = max(moment.get("activations", 0) for moment in before.trace)
         week.offload(unet, tmp_path, CPU, whole)
+        last = []
+        unet.conv_in.register_forward_hook(lambda *_: last.append(unet.conv_out.bias.device.type))
         assert all(w.device == META for m in unet.modules() for w in own(m))
         for _ in range(2):
             meter, out = meter_of(lambda: unet(x, t, prompt).sample)
-            assert torch.equal(out, expected)
+            assert torch.equal(out, expected) and last.pop() == ("cpu" if whole else "meta")
             assert all(w.device == META for m in unet.modules() for w in own(m))
             assert meter.live["weights"] == 0
             most = max(moment.get("weights", 0) for moment in meter.trace)
@@ -505,6 +507,19 @@ def test_denoising_is_diffusers_ddim(steps):
         ours, last = week.walk_back(unet, x, prompts, steps, split)
         assert (ours - y).abs().max() < 1e-4 * y.abs().max() and (last - both).abs().max() < 1e-4 * both.abs().max()
         assert seen == [row for t in times for row in ([(t, 1, 1)] * 2 if split else [(t, 2, 2)])]
+
+
+@pytest.mark.parametrize("split", [False, True])
+def test_images_of_a_batch_do_not_mix(split):
+    x, prompts = torch.randn(3, 4, 8, 8, dtype=f64), torch.randn(6, 77, 5, dtype=f64)
+
+    def unet(x, t, prompt):
+        return SimpleNamespace(sample=x.sin() * prompt.mean((1, 2))[:, None, None, None])
+
+    images, _ = week.walk_back(unet, x, prompts, 3, split)
+    for i in range(3):
+        alone, _ = week.walk_back(unet, x[i : i + 1], prompts[[i, 3 + i]], 3, split)
+        assert torch.allclose(images[i], alone[0])
 
 
 def test_training_with_adamw_needs_16_bytes_a_weight():
