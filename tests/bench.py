@@ -616,8 +616,7 @@ def week11(folder):
         race(11, "the same in 8 bits, beside the whole cache", kept, coarse, repeats=3, warmup=1)
         ids = torch.randint(97, (1, 113))
         ask = dict(attention_mask=torch.ones_like(ids), min_new_tokens=16, max_new_tokens=16, do_sample=False)
-        usual = transformers.GPT2LMHeadModel(gpt.config).eval()
-        usual.set_attn_implementation("sdpa")
+        usual = transformers.GPT2LMHeadModel(transformers.GPT2Config()).eval()
         race(11, "16 tokens, beside transformers' generate", lambda: usual.generate(ids, pad_token_id=0, **ask), kept,
              repeats=3, warmup=1)  # fmt: skip
         race(11, "a pass under the meter, beside torch's MemTracker", tracked, metered, repeats=5, warmup=1)
