@@ -81,7 +81,6 @@ class Meter(TorchDispatchMode):
         return out
 def measure(weights, work, device):
     """work() under the meter, then once more without it, for the seconds.   -> Meter, seconds, its result"""
-    gc.collect()
     real, whole = F.scaled_dot_product_attention, torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
     # On meta, fused attention falls into the naive one's parts. The CPU's, called by its name, stays whole.
     if device.type == "meta": F.scaled_dot_product_attention = lambda q, k, v, **_: whole(q, k, v)[0]
@@ -239,6 +238,7 @@ def twin(model, change):
     return copy.deepcopy(model, {id(w): nn.Parameter(change(w.detach())) for w in model.parameters()})
 def prepare(row, models, size, cfg, device):
     """A row of the table -> the weights that are there before it starts, and its work, as a function."""
+    gc.collect()                                                 # the models of the row before may go first
     has, side, dice = row.split().__contains__, size // 8, torch.Generator().manual_seed(cfg.seed)
     if has("gpt"):
         transformers.AttentionInterface.register("remember", remember)
