@@ -13,14 +13,16 @@ import pytest
 import safetensors.torch
 import torch
 import torch.nn.functional as F
+import torchvision.transforms.functional as TF
 import week05_ddpm_forward as week5
 import week08_noisy_router as week
-from conftest import call
+from conftest import ROOT, call
 from PIL import Image
 from torch import nn
 
 f64 = torch.float64
 N = 7
+README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 @pytest.fixture(autouse=True)
@@ -627,6 +629,25 @@ def test_digits_on_demand(finished, capsys):
     assert "digits=30 loads=1" in capsys.readouterr().out
     with Image.open(out / "drawn.png") as page:
         assert page.size == (1120, 336)
+
+
+def test_the_readme_restores_a_picture(finished, tmp_path, monkeypatch):
+    """The lines that the README gives, on a file: near to the digit, and by the network that plan names."""
+    (block,) = re.findall(r"```python\n(.*?week08_noisy_router.*?)```", README, re.S)
+    clean = torch.zeros(1, 28, 28)
+    clean[:, 4:24, 12:16] = 1  # a one
+    torch.manual_seed(1)
+    TF.to_pil_image((clean + 0.5 * torch.randn_like(clean)).clamp(0, 1)).save(tmp_path / "noisy.png")
+    monkeypatch.chdir(tmp_path)
+    config = f"week.Config(**{{**week.TINY, 'out': {str(finished[0])!r}, 'sure': 0.0}})"
+    found = {}
+    exec(block.replace("week.Config()", config), found)
+    with Image.open("restored.png") as image:
+        restored = TF.to_tensor(image)
+    with Image.open("noisy.png") as image:
+        noisy = TF.to_tensor(image)
+    assert found["expert"].item() == week.team_of(found["digit"], found["cfg"]).item()
+    assert (restored - clean).square().mean() < 0.7 * (noisy - clean).square().mean()
 
 
 def test_what_the_user_may_get_wrong(finished, tmp_path, refused):
