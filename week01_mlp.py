@@ -61,7 +61,7 @@ class LinearFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         x, weight = ctx.saved_tensors
-        # Nobody asks for the gradient of the pixels: leaving it out saves a third of the first layer's work.
+        # The gradient of the pixels is not needed: leaving it out saves a third of the first layer's work.
         return grad @ weight if ctx.needs_input_grad[0] else None, grad.T @ x, grad.sum(0)
 
 class ReLUFunction(torch.autograd.Function):
@@ -256,7 +256,7 @@ def train(model, images, labels, test_images, test_labels, cfg, autocast):
                 kept.data.lerp_(w.data, max(0.02, 8 / (7 + step)))
         loss = loss.item()                                                   # waits for the device
         if not math.isfinite(loss):
-            sys.exit(f"step {step}: the loss is {loss}; probably --lr {cfg.lr} is too high")
+            sys.exit(f"step {step}: the loss is {loss}; try a lower --lr")
         seconds += time.perf_counter() - started
         with torch.no_grad(), autocast:
             answers = average(test_images / 255).argmax(1)

@@ -3,12 +3,12 @@
 # dependencies = ["torch>=2.9", "transformers>=5.1", "huggingface-hub>=1.3", "tokenizers>=0.22",
 #                 "safetensors>=0.4", "pillow>=10.1"]
 # ///
-"""Week 3: GPT-2 from the inside. Every tensor's shape, the model as tensor maths, its tokens, its thoughts.
+"""Week 3: GPT-2 from the inside. Every tensor's shape; its forward pass and its tokenizer by hand.
 
 Paper: Radford et al. 2019, "Language Models are Unsupervised Multitask Learners".
-The idea: text is cut into tokens, a token is a vector, and each block adds what it has to say to one stream,
-x <- x + attention(norm(x)), x <- x + mlp(norm(x)). At any depth, the stream times the table of embeddings
-names the next token. Tokenizer and model are written out here, and equal Hugging Face's.
+The idea: text is cut into tokens, a token is a vector, and each block adds to the residual stream,
+x <- x + attention(norm(x)), x <- x + mlp(norm(x)). After any block, that stream times the embedding matrix
+gives a guess of the next token. Tokenizer and model are written out here, and equal Hugging Face's.
 
     python week03_gpt2_inspect.py                      # all of it, for one text: out/week03/gpt2.png
     python week03_gpt2_inspect.py --prompt "One, two, three," --versus "Six, five, four,"
@@ -260,7 +260,7 @@ def write(model, w, tokens, cfg):
     return texts[0][0].tolist(), *(statistics.median(rates[i::2]) for i in range(2))
 
 def print_thoughts(w, bpe, ids, stream, other):
-    """Neighbours in the table; then, block by block, the last tokens' likeness, and what would come next."""
+    """Nearest tokens in the embedding; per block, cosine of the two last tokens and the likeliest next."""
     name = lambda top: "  ".join(f"{bpe.decode([i])!r} {v:.2f}"
                                  for v, i in zip(top.values.cpu().tolist(), top.indices.cpu().tolist()))
     table = F.normalize(w["wte.weight"][: len(bpe.ids)], dim=-1)
@@ -277,7 +277,7 @@ def draw(maps, attention, weights):
     def paste(m, x, y, side):                                        # what is not 0 is at least a light grey
         grey = bytes((255 - 40 * m.sign() - 215 * (m / m.max()).sqrt()).byte().flatten().tolist())
         page.paste(Image.frombytes("L", m.shape[::-1], grey).resize((side, side), Image.NEAREST), (x, y))
-    for i, name in enumerate(("GPT-2: tokens see the past", "BERT: all", "T5: all; all and the past")):
+    for i, name in enumerate(("GPT-2: tokens see the past", "BERT: tokens see all", "T5: encoder, decoder")):
         pen.text((20, 14 + 316 * i), name, "black")
         paste(maps[i], 20, 40 + 316 * i, 280)
     pen.text((340, 14), f"Where each head looks: a row is a block of GPT-2, with {weights} weights", "black")

@@ -10,7 +10,7 @@ A network that says which part of x_t is noise, trained by least squares, is all
 
     python week05_ddpm_forward.py                                  # two spirals: watch out/week05/flow.gif
     python week05_ddpm_forward.py --text DDPM                      # learn to write a text in points
-    python week05_ddpm_forward.py --sampler ddim --calls 20        # fewer calls of the network, no dice
+    python week05_ddpm_forward.py --sampler ddim --calls 20        # fewer calls, no fresh noise
     python week05_ddpm_forward.py --schedule linear --ablate rescale    # a chain too short to end in noise
 
 Expected: 1.03 times the energy distance of two fresh sets of 10,000 points (0.86 to 1.17, seeds 1337, 1, 2),
@@ -41,7 +41,7 @@ class Config:
     timesteps: int = 200       # T, the length of the chain; the papers take 1000
     zero_snr: bool = False     # bend the schedule so that nothing at all of the data is left at T
     target: Literal["v", "eps", "x0"] = "v"                          # what the network is asked for
-    sampler: Literal["ddpm", "ddpm-large", "ddim"] = "ddpm"          # large: sigma^2 = beta; ddim: no dice
+    sampler: Literal["ddpm", "ddpm-large", "ddim"] = "ddpm"          # large: sigma^2 = beta; ddim: sigma = 0
     calls: int = 0             # of the network, per sample, with ddim; 0 = T
     width: int = 64            # units per layer
     layers: int = 6            # hidden layers, each with a residual path past it
@@ -251,7 +251,7 @@ def train(model, schedule, cloud, cfg, device):
         done = step / cfg.steps                        # the learning rate rises, then falls as a cosine does
         optimizer.param_groups[0]["lr"] = cfg.lr * min(done / 0.02, 0.5 + 0.5 * math.cos(math.pi * done))
         x0, place = cloud(cfg.batch), (torch.arange(cfg.batch) + torch.rand(cfg.batch)) / cfg.batch
-        t = 1 + (place * schedule.T).long().clamp(max=schedule.T - 1)     # 1 ... T evenly: steadier than dice
+        t = 1 + (place * schedule.T).long().clamp(max=schedule.T - 1)     # 1 ... T, stratified: less variance
         eps = torch.randn_like(x0)
         answer = model(schedule.add_noise(x0, eps, t), t.to(device))
         loss = F.mse_loss(answer, schedule.target(cfg.target, x0, eps, t))

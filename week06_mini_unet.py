@@ -54,7 +54,7 @@ def group_norm(x, groups, weight, bias):
     return y.reshape(x.shape) * weight.view(channel) + bias.view(channel)
 class ResBlock(nn.Module):
     """x + conv(silu(gain * norm(conv(silu(norm(x)))) + bias)).   x (N, I, ...), level (N, 64) -> (N, O, ...)
-    Residual: He et al. 2016, Eq. 1; it starts as the identity. The noise level sets gain and bias (Dhariwal &
+    Residual: He et al. 2016, Eq. 1; it starts as its shortcut. The noise level sets gain and bias (Dhariwal &
     Nichol 2021, section 3.1), so that one network can sharpen at low noise and smooth at high."""
     def __init__(self, conv, inputs, outputs):
         super().__init__()
@@ -215,7 +215,7 @@ def train(model, x, cfg, autocast):
         s = sigma.view(-1, *[1] * (x.ndim - 1))
         with autocast:
             guess = model(clean + s * torch.randn_like(clean), sigma)
-        # The squared error grows with sigma: divided by it, no level drowns the others.
+        # The squared error grows with sigma: divided by it, no level dominates the loss.
         loss = ((guess - clean).square() / s).mean()
         optimizer.param_groups[0]["lr"] = cfg.lr * min(20 * step / cfg.steps, 1 - (step - 1) / cfg.steps)
         optimizer.zero_grad(); loss.backward(); optimizer.step()

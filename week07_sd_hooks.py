@@ -377,7 +377,7 @@ def main(cfg):
     ids, S = [0, *map(words.index, words), 0], text.config.max_position_embeddings
     if tokenizer: ids = tokenizer(cfg.prompt).input_ids
     ids = torch.tensor(ids[: S - 1] + ids[-1:] * max(1, S - len(ids)), device=place).expand(cfg.batch, S)
-    print(f"week 7 | {place}, {unet.dtype} | torch {torch.__version__} | weights: {weights}")
+    print(f"week 7 | {place}, {str(unet.dtype)[6:]} | torch {torch.__version__} | weights: {weights}")
     rows, image, mean, logvar = run(cfg, text, vae, unet, ids)
     for name, table in rows.items(): print(f"\n{name}"), print_table(table, cfg.run)
     save(cfg.out, "unet.png", draw(rows["U-Net"]).save)

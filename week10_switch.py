@@ -2,12 +2,12 @@
 # requires-python = ">=3.10"
 # dependencies = ["torch>=2.10", "pillow>=10.1"]
 # ///
-"""Week 10: the Switch layer. Many experts, of which each token asks one: more parameters, no more work.
+"""Week 10: the Switch layer. Many experts, each token is routed to one: more parameters, no more work.
 Paper: Fedus, Zoph & Shazeer 2021, "Switch Transformers".
 The idea: a router p(x) = softmax(W x) sends each token to its likeliest expert i, and y = p_i(x) E_i(x).
 
     python week10_switch.py                       # a Transformer, dense and sparse, on tiny Shakespeare
-    python week10_switch.py --ablate balance      # no second loss to keep all experts at work
+    python week10_switch.py --ablate balance      # no auxiliary loss to keep all experts at work
     python week10_switch.py --balance bias        # balance without a loss (Wang et al. 2024)
 
 Expected: 1.644 nats per character (1.638 to 1.653, three seeds), dense 1.705, same steps and work per token;
@@ -34,7 +34,7 @@ class Config:
     experts: int = 8           # feed-forward layers to choose from, in each block
     top_k: int = 1             # experts that a token asks: 1 = Switch, 2 = as in GShard and Mixtral
     capacity: float = 1.25     # seats at an expert, as a multiple of what it gets if all get the same
-    balance: Literal["loss", "bias"] = "loss"      # the paper's second loss, or biases without a loss
+    balance: Literal["loss", "bias"] = "loss"      # the paper's auxiliary loss, or biases without one
     alpha: float = 0.01        # weight of the balance loss
     layers: int = 2            # blocks
     width: int = 64            # numbers per token: a multiple of 32, the width of an attention head
@@ -78,13 +78,13 @@ def fastest(x, gate, w_in, w_out, counts, act):
 
 # ------------------------------------------------------------------------------------------- The Switch layer
 def balance_loss(p, load):
-    """N sum_i f_i P_i (Eq. 4, yet without alpha): 1 if all experts get the same, N if one gets everything.
+    """E sum_i f_i P_i (Eq. 4, yet without alpha): 1 if all experts get the same, E if one gets everything.
     f_i, a share of tokens, is a count, without gradient (Eq. 5); P_i, the mean of p_i, has one (Eq. 6)"""
     return len(load) * (load / load.sum() * p.mean(0)).sum()
 class SwitchFFN(nn.Module):
-    """A feed-forward layer of which each token uses a part.   x (..., D) -> y (..., D) and its second loss
+    """A feed-forward layer of which each token uses a part.   x (..., D) -> y (..., D), auxiliary loss
     y = sum of p_i(x) E_i(x) over the k likeliest experts (Eq. 1 and 2; the p_i of k > 1 are made to add up to
-    1, as in GShard). Who finds no seat gets exactly 0: the residual path carries it on. Rule "bias" (Wang et
+    1, as in GShard). A token with no seat gets exactly 0: the residual path carries it. Rule "bias" (Wang et
     al. 2024) has no balance loss: a bias in the choice, not in the gate, moves in steps against the load."""
     def __init__(self, d_model, d_ff, n_experts, capacity_factor=1.25, top_k=1, alpha=0.01, z=0.001,
                  jitter=0.0, rule="loss", activation=F.relu, dispatch=fastest):
@@ -124,7 +124,7 @@ class SwitchFFN(nn.Module):
         if self.rule == "bias" and self.training: self.bias += 0.001 * (load.sum() - len(load) * load).sign()
         return y.new_zeros(flat.shape).index_add(0, token, y).view(x.shape).to(x.dtype), aux
 def token_by_token(layer, x):
-    """The layer as the paper tells it, slowly, for the checks: x (N, D) -> y (N, D) and the second loss."""
+    """The layer as the paper tells it, slowly, for the checks: x (N, D) -> y (N, D), auxiliary loss."""
     E, y, logits = len(layer.router), torch.zeros_like(x), x @ layer.router.T
     asked, seats = torch.zeros(E), math.ceil(len(x) * layer.top_k / E * layer.capacity_factor)
     for n, p in enumerate(logits.softmax(1)):
@@ -160,7 +160,7 @@ class Block(nn.Module):
         y, aux = self.ffn(self.norm2(x := x + self.out_proj(y)))
         return x + y, total + aux
 class GPT(nn.Module):
-    """tokens (B, T) int64 -> logits (B, T, V), second losses, added. The embedding is the output layer."""
+    """tokens (B, T) int64 -> logits (B, T, V), auxiliary losses, added. The embedding is the output layer."""
     def __init__(self, cfg, vocabulary, experts):
         super().__init__()
         self.embedding = nn.Embedding(vocabulary, cfg.width)
@@ -186,7 +186,7 @@ def run_checks():
     left = torch.ones(41, dtype=torch.bool).index_fill(0, layer.seat(layer.expert[:, 0])[0], False)
     check(f"{left.sum()} of 41 tokens find no seat: exactly 0", [ours[0][left], left.any() * 1], [0, 1], 0)
     one = torch.eye(5)[[2] * 45]
-    check("balance loss: 1 if all get the same, N if one all",
+    check("balance loss: 1 if all get the same, E if one all",
           [balance_loss(one, torch.full((5,), 9)), balance_loss(one, one.sum(0))], [1, 5], 1e-6)
     with torch.autocast("cpu", torch.bfloat16): under = layer.float().route(x)
     check("the router stays in float32 under autocast", under, layer.route(x), 0)
@@ -267,7 +267,7 @@ def time_layers(experts, tokens, device, ways, repeats, width=128):
     x, ways = torch.randn(tokens, width, device=device, requires_grad=True), [None, *ways]
     rows = [(SwitchFFN(width, 4 * width, experts if way else 1, dispatch=way).to(device), []) for way in ways]
     for _, (layer, times) in itertools.product(range(repeats + 1), rows):
-        x.grad, started = layer.zero_grad(), time.perf_counter()                       # None
+        x.grad = None; layer.zero_grad(); started = time.perf_counter()
         sum(t.square().sum() for t in layer(x)).backward()
         x.grad.sum().item()                                                            # waits for a GPU
         times.append(1e3 * (time.perf_counter() - started))
@@ -282,9 +282,9 @@ def draw(studies, text, asked):
     for i, (title, loads) in enumerate(studies.items()):
         share = torch.stack(loads)[torch.linspace(0, len(loads) - 1, 360).long()].cumsum(1)      # (360, E)
         owner = (torch.linspace(0.002, 0.998, 180)[:, None, None] > share).sum(2)                # (180, 360)
-        page.paste(Image.fromarray(palette[owner].numpy()), (20 + 390 * i, 42))
-        pen.text((20 + 390 * i, 14), title, "black", font)
-    pen.text((20, 234), "Above: load of each expert.  Below: whom a character asks, by block", "black", font)
+        image = Image.frombytes("RGB", (360, 180), bytes(palette[owner].flatten().tolist()))
+        page.paste(image, (20 + 390 * i, 42)); pen.text((20 + 390 * i, 14), title, "black", font)
+    pen.text((20, 234), "Load of each expert by step.  Below: expert per character, by block", "black", font)
     for (i, row), (k, c) in itertools.product(enumerate(asked.tolist()), enumerate(text)):
         x, y, step = 20 + 1140 * k / len(text), 266 + 34 * i, 1140 / len(text)
         pen.rectangle((x, y, x + step, y + 30), color(row[k]))

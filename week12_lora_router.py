@@ -2,11 +2,11 @@
 # requires-python = ">=3.10"
 # dependencies = ["torch>=2.9", "transformers>=5.1", "diffusers>=0.36", "safetensors>=0.4.5", "pillow>=10.1"]
 # ///
-"""Week 12: a router that injects LoRA adapters. Each prompt wears the style that it asks for, and no other.
+"""Week 12: a router that injects LoRA adapters. Each prompt gets the adapter of the style that it asks for.
 
 Paper: Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models" (week 9 makes such adapters).
 The idea: W x + B (g * A x), with all adapters side by side in A and B. A light classifier reads the prompt's
-text features and writes g: row n says how much of each adapter picture n wears. Nothing else changes.
+text features and writes g: row n is the weight of each adapter for picture n. Nothing else changes.
 
     python week12_lora_router.py                                    # trains what it needs, compares, draws
     python week12_lora_router.py --route "a red circle like a zebra"      # then; or -, to read line by line
@@ -68,7 +68,7 @@ class Wardrobe:
         self.slots = {layer: LoRASlots(base, self.gate) for layer, base in layers.items()}
         for layer, slot in self.slots.items(): model.set_submodule(layer, slot)
     def fetch(self, name):
-        """Have an adapter in a slot, which is 0 in layers and rows that the adapter does not have."""
+        """Copy an adapter into a slot; layers and rows that the adapter does not have are 0."""
         if (n := self.worn.pop(name, None)) is None:
             n = len(self.worn) if len(self.worn) < self.S else self.worn.pop(next(iter(self.worn)))
             for layer, slot in self.slots.items():
@@ -103,7 +103,7 @@ def read_adapter(path, model):
     return parts, wanted
 @torch.no_grad()
 def features(sd, prompts):
-    """The means of what the pipeline's text encoder reads and of what it says, and a 1.   -> (N, D)"""
+    """Means over tokens of the text encoder's input embeddings and last hidden states; a 1.   -> (N, D)"""
     ids = torch.tensor(sd.tokenizer(prompts, padding="max_length", truncation=True).input_ids).to(sd.device)
     read, said = sd.text_encoder.get_input_embeddings()(ids), sd.text_encoder(ids).last_hidden_state
     return torch.cat([read.mean(1), said.mean(1), torch.ones_like(said[:, 0, :1])], 1).cpu()
@@ -357,7 +357,7 @@ def main(cfg):
     for flag, low in LEAST.items():
         value, high = getattr(cfg, flag), 2**62 if flag == "seed" else 10**6
         require(low <= value <= high, f"--{flag.replace('_', '-')} {value}: must be {low} to {high}")
-    require((cfg.model == "random") != bool(cfg.adapters), f"--model {cfg.model}: only with --adapters DIR")
+    require((cfg.model == "random") != bool(cfg.adapters), f"--model {cfg.model}, --adapters: both or neither")
     device = pick_device(cfg.device)
     save(cfg.out, ".started", Path.touch)            # an --out that cannot be written shows now, not later
     for x in transformers, diffusers.utils: x.logging.set_verbosity_error(); x.logging.disable_progress_bar()
