@@ -94,6 +94,12 @@ def test_imports_nothing_but_the_agreed_packages(script):
 
 
 @each
+def test_numpy_is_used_only_where_a_package_brings_it_in(script):
+    if not imports(script) & {"torchvision", "transformers", "diffusers", "numpy"}:
+        assert not re.search(r"\.numpy\(|from_numpy|fromarray|safetensors", source(script))
+
+
+@each
 def test_nothing_dangerous_and_nothing_hidden(script):
     text = source(script)
     for word in (
