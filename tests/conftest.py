@@ -1,12 +1,16 @@
 """What the tests share. Every week*.py at the top level is found here: a new script is tested without being named."""
 
+import json
 import os
+import shutil
 import subprocess
 import sys
-import time
-from concurrent.futures import ThreadPoolExecutor
+import threading
+from collections import deque
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
+from time import perf_counter  # by name: a test may stop the clock of the module
 
 import pytest
 import torch
@@ -14,6 +18,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = sorted(ROOT.glob("week*.py"))
 sys.path.insert(0, str(ROOT))  # so that a test can say `import week01_mlp`
+torch.set_num_threads(1)  # the tensors of the tests are small, and the other cores have work of their own
 
 # Loaded by every Python that a smoke test starts: whoever asks for the network dies with a code of its own. And
 # Ctrl-C is heard, even where the tests run in the background of a shell, which tells its children not to listen.
@@ -65,33 +70,117 @@ def start(script, folder, *flags):
 
 def run(script, folder, *flags):
     """Run a script to its end."""
-    started = time.perf_counter()
+    started = perf_counter()
     process = start(script, folder, *flags)
     out, err = process.communicate(timeout=300)
-    return Run(folder, process.returncode, out, err, time.perf_counter() - started)
+    return Run(folder, process.returncode, out, err, perf_counter() - started)
 
 
-@pytest.fixture(scope="session")
-def tiny_runs(tmp_path_factory):
-    """tiny_runs[script, device, n]: the n-th --tiny run (n = 0, 1; the same seed), all started early, one to a core.
+class Background:
+    """Work that other processes do while the tests run in this one: one piece at a time for each further core.
+
+    A test that has to wait for a piece does the next ones in line meanwhile, so that no core idles.
+    """
+
+    def __init__(self):
+        self.line, self.results = deque(), {}
+        self.workers = [threading.Thread(target=self.work) for _ in range(max(1, os.cpu_count() - 1))]
+
+    def start(self, key, function, *args):
+        """Put function(*args) in the line, unless something of that key was there before."""
+        if key not in self.results:
+            self.results[key] = Future()
+            self.line.append((self.results[key], function, args))
+
+    def work(self, enough=lambda: False):
+        while not enough():
+            try:
+                result, function, args = self.line.popleft()
+            except IndexError:
+                return
+            try:
+                result.set_result(function(*args))
+            except Exception as error:  # it is the test that fails, where it asks for the result
+                result.set_exception(error)
+
+    def result(self, key):
+        self.work(enough=self.results[key].done)
+        return self.results[key].result()
+
+
+class TinyRuns:
+    """tiny_runs[script, device, n]: the n-th --tiny run (n = 0, 1; the same seed). Each is run once, for all tests.
 
     The second one works in a folder whose name has spaces and letters from beyond ASCII.
     """
-    root = tmp_path_factory.mktemp("tiny")
-    pool = ThreadPoolExecutor(os.cpu_count())
-    started = {}
-    for script in SCRIPTS:
-        for device in ["cpu"] + ["cuda"] * torch.cuda.is_available():
-            for n, name in enumerate(("plain", "with spaces é 数")):
-                folder = root / f"{script.stem}-{device}" / name
-                started[script, device, n] = pool.submit(run, script, folder, "--tiny", "--device", device)
 
-    class Results:
-        def __getitem__(self, key):
-            return started[key].result()
+    def __init__(self, background, root):
+        self.background, self.root = background, root
 
-    yield Results()
-    pool.shutdown(cancel_futures=True)
+    def start(self, script, device, n):
+        folder = self.root / f"{script.stem}-{device}" / ("plain", "with spaces é 数")[n]
+        self.background.start((script, device, n), run, script, folder, "--tiny", "--device", device)
+
+    def __getitem__(self, key):
+        self.start(*key)
+        return self.background.result(key)
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "early(by): the fixture early has the result of by(folder, *parameters)")
+
+
+def pytest_collection_modifyitems(items):
+    """What does nothing but wait for other processes comes last. The tests of the weeks run meanwhile."""
+    waits = {"early", "tiny_runs"}
+    items.sort(key=lambda item: not waits.isdisjoint(item.fixturenames) and not item.path.stem.startswith("test_week"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def background(request, tmp_path_factory):
+    """Starts, before the first test, what the selected tests will wait for, in their order."""
+    work = Background()
+    work.tiny_runs = TinyRuns(work, tmp_path_factory.mktemp("tiny"))
+    for item in request.session.items:
+        params = item.callspec.params if hasattr(item, "callspec") else {}
+        if mark := item.get_closest_marker("early"):
+            work.start(item.nodeid, mark.kwargs["by"], tmp_path_factory.mktemp("early"), *params.values())
+        device = params.get("device", "cpu")
+        if "tiny_runs" in item.fixturenames and (device == "cpu" or torch.cuda.is_available()):
+            for n in range(1 + (item.originalname == "test_same_seed_same_result")):
+                work.tiny_runs.start(params.get("script") or this_week_s(item.path), device, n)
+    for worker in work.workers:
+        worker.start()
+    yield work
+    work.line.clear()
+    for worker in work.workers:
+        worker.join()
+
+
+@pytest.fixture(scope="session")
+def tiny_runs(background):
+    return background.tiny_runs
+
+
+@pytest.fixture
+def early(request, background):
+    """What the function of this test's early mark returned."""
+    return background.result(request.node.nodeid)
+
+
+def this_week_s(path):
+    """The script that a test_weekNN.py is about."""
+    return next(script for script in SCRIPTS if script.stem[:6] == path.stem[5:])
+
+
+@pytest.fixture(scope="module")
+def tiny(request, tiny_runs, tmp_path_factory):
+    """This week's --tiny run: its figures, a copy of its --out that a test may change, what it printed."""
+    done = tiny_runs[this_week_s(request.path), "cpu", 0]
+    assert done.code == 0, done.err
+    (out,) = (done.folder / "out").iterdir()
+    out = shutil.copytree(out, tmp_path_factory.mktemp("tiny") / "out")
+    return json.loads((out / "metrics.json").read_text()), out, done.out
 
 
 def call(module, *flags):

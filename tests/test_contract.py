@@ -122,9 +122,7 @@ def test_nothing_dangerous_and_nothing_hidden(script):
             assert node.func.id not in ("eval", "exec"), f"line {node.lineno}"
 
 
-@pytest.mark.parametrize(
-    "path", sorted(ROOT.glob("*.*")) + sorted(ROOT.glob("tests/*.py")), ids=lambda path: path.name
-)
+@pytest.mark.parametrize("path", sorted(ROOT.glob("*.*")) + sorted(ROOT.glob("tests/*.py")), ids=lambda path: path.name)
 def test_no_path_of_anybody_s_machine(path):
     if path.is_file():
         assert not re.search(r"(?<![\w.])/(home|root|Users|work|mnt)/\w", path.read_text(encoding="utf-8"))
@@ -182,16 +180,21 @@ def test_helpers_of_one_name_are_the_same_to_the_letter():
 # ------------------------------------------------------------------------------------------------- the flags
 
 
-@each
-def test_importing_does_nothing(script, tmp_path):
+def import_it(folder, script):
+    """A Python of its own that imports the script and nothing else of ours."""
     code = (
         f"import sys; sys.path.insert(0, {str(ROOT)!r}); sys.argv = ['x', '--nonsense']; "
         f"sys.dont_write_bytecode = True; "
         f"import torch; torch.manual_seed(3); import {script.stem}; print(torch.initial_seed(), end='')"
     )
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
-    assert (done.returncode, done.stdout, done.stderr) == (0, "3", "")
-    assert not list(tmp_path.iterdir())
+    done = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True)
+    return done.returncode, done.stdout, done.stderr, list(folder.iterdir())
+
+
+@each
+@pytest.mark.early(by=import_it)
+def test_importing_does_nothing(script, early):
+    assert early == (0, "3", "", [])
 
 
 @each
@@ -263,15 +266,23 @@ def test_mistakes_get_one_line_and_exit_code_2(script, tmp_path, monkeypatch, re
     assert [path.name for path in (tmp_path / "theirs").iterdir()] == ["metrics.json"]
 
 
-@each
-def test_ctrl_c_ends_with_one_line(script, tmp_path):
-    process = start(script, tmp_path / "run", "--tiny")
-    assert process.stdout.readline().startswith("ok ")
+def interrupt_it(folder, script):
+    """Ctrl-C as soon as the first line is there."""
+    process = start(script, folder / "run", "--tiny")
+    first = process.stdout.readline()
     process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=60)
-    assert process.returncode == 130
+    _, err = process.communicate(timeout=60)
+    return first, process.returncode, err, list((folder / "run" / "out").rglob(".[0-9]*"))
+
+
+@each
+@pytest.mark.early(by=interrupt_it)
+def test_ctrl_c_ends_with_one_line(script, early):
+    first, code, err, left_behind = early
+    assert first.startswith("ok ")
+    assert code == 130
     assert len(err.strip().splitlines()) == 1 and "Traceback" not in err
-    assert not [path for path in (tmp_path / "run" / "out").rglob(".[0-9]*")], "a temporary file was left behind"
+    assert not left_behind, "a temporary file was left behind"
 
 
 # -------------------------------------------------------------------------------------------------- the README

@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import week02_transformer as week
-from conftest import ROOT, call
+from conftest import call
 from PIL import Image
 from torch import nn
 
@@ -499,28 +499,23 @@ def test_evaluate_reads_every_window_once():
     assert week.evaluate(model, ids) == pytest.approx(torch.cat(losses).mean().item(), abs=1e-9)
 
 
-def test_two_processes_train_as_one(tmp_path):
-    def run(name, *launcher):
-        flags = ["--tiny", "--seed", "5", "--out", str(tmp_path / name)]
-        env = {**os.environ, "OMP_NUM_THREADS": "1"}
-        done = subprocess.run(
-            [*launcher, str(ROOT / "week02_transformer.py"), *flags],
-            cwd=tmp_path,
-            env=env,
-            text=True,
-            capture_output=True,
-            timeout=300,
-        )
-        assert done.returncode == 0, done.stderr
-        assert done.stdout.count("RESULT") == 1
-        steps = [
-            float(line.split("loss ")[1].split()[0]) for line in done.stdout.splitlines() if line.startswith("step ")
-        ]
-        return steps, json.loads((tmp_path / name / "metrics.json").read_text())["val_loss"]
-
-    one, two = run("one", sys.executable), run(
-        "two", sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"
+def in_two_processes(folder):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", week.__file__]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*command, "--tiny", "--out", "out"], cwd=folder, env=env, text=True, capture_output=True, timeout=300
     )
+    return folder, done
+
+
+@pytest.mark.early(by=in_two_processes)
+def test_two_processes_train_as_one(tiny, early):
+    folder, done = early
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("RESULT") == 1
+    of_steps = lambda said: [float(loss) for loss in re.findall(r"^step .*?loss (\S+)", said, re.M)]  # noqa: E731
+    one = of_steps(tiny[2]), tiny[0]["val_loss"]
+    two = of_steps(done.stdout), json.loads((folder / "out" / "metrics.json").read_text())["val_loss"]
     assert len(one[0]) == 60 and one[0][:5] == pytest.approx(two[0][:5], abs=2e-3)
     assert one[0] == pytest.approx(two[0], abs=0.03) and one[1] == pytest.approx(two[1], abs=0.01)
 
@@ -543,9 +538,7 @@ def test_a_cache_gives_each_token_to_the_model_once(monkeypatch):
     forward = model.forward
     monkeypatch.setattr(model, "forward", lambda tokens, *a: seen.append(tokens.shape[1]) or forward(tokens, *a))
     week.sample(model, CHARS, config(prompt="abc"), 14)
-    assert (
-        seen == [3] + [1] * 8 + [5] + [1] * 4
-    ), "the whole prompt, then one by one; at 12 > 11, the later half afresh"
+    assert seen == [3] + [1] * 8 + [5] + [1] * 4, "the whole prompt, then one by one; at 12 > 11, the later half afresh"
 
 
 def test_sampling_obeys_its_flags():
@@ -605,8 +598,7 @@ def test_the_weights_that_are_saved_are_those_that_were_tested(trained):
 
 def test_ideas_and_positions_are_worth_something(trained, tmp_path):
     assert (
-        trained[0]["val_loss"]
-        < call(week, "--tiny", "--out", tmp_path, "--steps", 200, "--ablate", "muon")["val_loss"]
+        trained[0]["val_loss"] < call(week, "--tiny", "--out", tmp_path, "--steps", 200, "--ablate", "muon")["val_loss"]
     )
 
 

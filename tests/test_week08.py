@@ -604,15 +604,20 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_result(finished, tmp_path, m
     assert len(done) > 90, "what another seed has trained is no part of this run"
 
 
-def test_two_processes_train_the_same_networks(finished, tmp_path):
+def in_two_processes(folder):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", week.__file__]
-    flags = ["--tiny", "--out", str(tmp_path / "out"), "--steps", "20", "--experts", "2"]
-    run = subprocess.run([*command, *flags], capture_output=True, text=True, timeout=120, cwd=tmp_path)
+    flags = ["--tiny", "--out", "out", "--steps", "20", "--experts", "2"]
+    return folder, subprocess.run([*command, *flags], capture_output=True, text=True, timeout=120, cwd=folder)
+
+
+@pytest.mark.early(by=in_two_processes)
+def test_two_processes_train_the_same_networks(finished, early):
+    folder, run = early
     assert run.returncode == 0, run.stderr
     assert run.stdout.count("RESULT") == 1
     for name in ("trunk", "generalist", "expert1of2", "expert2of2"):
         ours, theirs = (
-            safetensors.torch.load_file(folder / f"{name}.safetensors") for folder in (finished[0], tmp_path / "out")
+            safetensors.torch.load_file(out / f"{name}.safetensors") for out in (finished[0], folder / "out")
         )
         apart = max((ours[key] - theirs[key]).abs().max().item() for key in ours)
         assert 0 < apart < 1e-3, "other sums in float32, but the same batches and steps"

@@ -419,39 +419,39 @@ def test_the_loss_asks_for_what_the_scheduler_says(kind, small, monkeypatch, cap
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    """One --tiny run, and another from the base that it saved."""
-    folder = tmp_path_factory.mktemp("week09")
-    first = call(week, "--tiny", "--out", folder / "a")
-    second = call(week, "--tiny", "--out", folder / "b", "--model", folder / "a" / "base", "--rank", 1,
+def run(tiny):
+    """The --tiny run, and another from the base that it saved."""
+    first, a, _ = tiny
+    folder = a.parent
+    second = call(week, "--tiny", "--out", folder / "b", "--model", a / "base", "--rank", 1,
                   "--ablate", "convolutions")  # fmt: skip
-    return folder, first, second
+    return a, folder / "b", first, second
 
 
 def test_a_run_and_what_it_leaves(run):
-    folder, first, second = run
-    metrics = json.loads((folder / "a" / "metrics.json").read_text())
+    a, b, first, second = run
+    metrics = json.loads((a / "metrics.json").read_text())
     assert [*metrics["table"]] == ["base"] + [f"{s} x {k}" for s in week.STYLES[1:] for k in (1,)]
     assert [*metrics["style_seconds"]] == week.STYLES[1:]
     for style in week.STYLES[1:]:
-        with safetensors.safe_open(folder / "a" / f"{style}.safetensors", "pt") as file:
+        with safetensors.safe_open(a / f"{style}.safetensors", "pt") as file:
             numbers = sum(file.get_tensor(key).numel() for key in file.keys())
         assert numbers == first["trained_parameters"]
     assert 0.03 < first["trained_fraction"] < 0.05 and first["base_seconds"] > 0 == second["base_seconds"]
     assert first["style_rate"] == pytest.approx(
         sum(metrics["table"][f"{style} x 1"]["style"] for style in week.STYLES[1:]) / 4)  # fmt: skip
     assert second["trained_parameters"] < first["trained_parameters"] / 3
-    assert json.loads((folder / "b" / "metrics.json").read_text())["table"]["base"] == metrics["table"]["base"]
-    with Image.open(folder / "a" / "lora.png") as page:
+    assert json.loads((b / "metrics.json").read_text())["table"]["base"] == metrics["table"]["base"]
+    with Image.open(a / "lora.png") as page:
         assert page.size == (1000, 110 + 100 * 5)
 
 
 def test_the_saved_base_is_a_pipeline_of_diffusers(run):
-    sd = diffusers.StableDiffusionPipeline.from_pretrained(run[0] / "a" / "base", vae=None, low_cpu_mem_usage=False)
+    sd = diffusers.StableDiffusionPipeline.from_pretrained(run[0] / "base", vae=None, low_cpu_mem_usage=False)
     assert sd.vae is None and sd.unet.config.in_channels == 48
     assert week.embed(sd, ["a red circle", "cross"]).shape == (2, 12, 64)
     assert sd.tokenizer.get_vocab() == week.small_model().tokenizer.get_vocab()
-    loras = week.load_lora(run[0] / "a" / "striped.safetensors", sd.unet)
+    loras = week.load_lora(run[0] / "striped.safetensors", sd.unet)
     assert set(loras) == set(week.inject_lora(week.small_model().unet, week.EVERYTHING, 1, 1.0))
 
 

@@ -546,22 +546,13 @@ def test_time_layers_compares_with_the_dense_layer(monkeypatch):
 # ---------------------------------------------------------------------------------------------- the whole
 
 
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    """A finished --tiny run in this process: (figures, folder, what it printed)."""
-    out = tmp_path_factory.mktemp("week10")
-    figures, text = quietly(call, week, "--tiny", "--out", out)
-    return figures, out, text
-
-
-def test_the_figures_of_a_run(trained):
-    figures, out, text = trained
+def test_the_figures_of_a_run(tiny):
+    found, _, text = tiny
     keys = "val_loss dense_val_loss max_over_mean_load dropped_fraction slowdown_vs_dense speedup_vs_onehot"
-    found = json.loads((out / "metrics.json").read_text())
     assert set(keys.split()) <= found.keys() and found["weights"] == "from scratch" and "Python" in found["data"]
     assert found["slowdown_32_experts"] > 0 and 1 <= found["max_over_mean_load"] <= 4
     assert 0 <= found["dropped_fraction"] < 0.5 and 0 < found["bits"] <= 2
-    assert figures["loss_error"] < 0.05 < figures["dense_error"] and figures["dense_bits"] == 0
+    assert found["loss_error"] < 0.05 < found["dense_error"] and found["dense_bits"] == 0
     assert text.count("% of the characters") == 8 and text.count("times the dense layer") == 7
     shares = [float(part) for part in re.findall(r"expert \d+: +([\d.]+)%", text)]
     assert sum(shares) == pytest.approx(200, abs=0.5)
@@ -632,8 +623,8 @@ def test_the_picture():
     assert (pixels[266:296, 20:1160] == 0).all(2).sum() > 20, "the letters"
 
 
-def test_the_picture_of_a_run_is_written(trained):
-    with Image.open(trained[1] / "switch.png") as image:
+def test_the_picture_of_a_run_is_written(tiny):
+    with Image.open(tiny[1] / "switch.png") as image:
         assert image.size == (1180, 350)
 
 

@@ -586,16 +586,8 @@ def test_ours_needs_no_more_than_diffusers_own(true_size):
         assert ours["peak_bytes"] <= true_size[row]["peak_bytes"] and ours["saved"] <= true_size[row]["saved"], row
 
 
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    """One whole --tiny run: its figures, folder and notes."""
-    out = tmp_path_factory.mktemp("run") / "out"
-    figures = call(week, "--tiny", "--out", out)
-    return figures, out, json.loads((out / "metrics.json").read_text())
-
-
-def test_every_row_is_measured_and_as_predicted(finished):
-    figures, _, notes = finished
+def test_every_row_is_measured_and_as_predicted(tiny):
+    notes = tiny[0]
     rows = week.ROWS.split(", ")
     assert list(notes["measured_peaks"]) == list(notes["predicted_peaks"]) == rows and len(rows) == len({*rows}) == 27
     for row in rows:
@@ -603,12 +595,12 @@ def test_every_row_is_measured_and_as_predicted(finished):
         assert {"peak_bytes", "seconds", "max_abs_diff"} <= ours.keys() and "trace" not in told
         assert ours["peak_bytes"] == told["peak_bytes"] or "adamw" in row
         assert ours["saved"] == told["saved"] and ours["activations"] == told["activations"]
-    assert figures["peak_before"] == notes["predicted_peaks"]["image"]["peak_bytes"]
-    assert figures["peak_after"] == notes["predicted_peaks"][rows[-1]]["peak_bytes"] < figures["peak_before"] / 5
+    assert notes["peak_before"] == notes["predicted_peaks"]["image"]["peak_bytes"]
+    assert notes["peak_after"] == notes["predicted_peaks"][rows[-1]]["peak_bytes"] < notes["peak_before"] / 5
 
 
-def test_techniques_change_as_much_as_they_may(finished):
-    notes = finished[2]["measured_peaks"]
+def test_techniques_change_as_much_as_they_may(tiny):
+    notes = tiny[0]["measured_peaks"]
     for row, f in notes.items():
         words = {*row.split()}
         low, high = (0, 1e-5) if not words & {"half", "int8", "fp8", "tiles", "adamw"} else (1e-4, 2.5)
@@ -744,6 +736,6 @@ def test_a_column_is_as_high_as_the_memory():
     assert abs(count(1200, 480, blue) - 165) <= 2 and count(1200, 480, orange) <= 1
 
 
-def test_the_picture_is_written(finished):
-    with Image.open(finished[1] / "memory.png") as image:
+def test_the_picture_is_written(tiny):
+    with Image.open(tiny[1] / "memory.png") as image:
         assert image.size == (1600, 900)

@@ -453,10 +453,8 @@ def test_the_log_tells_what_came_and_went(served):
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("made") / "out"
-    call(week, "--tiny", "--out", str(folder))
-    return folder
+def made(tiny):
+    return tiny[1]
 
 
 def test_adapters_keep_their_examples_and_learn(made):
