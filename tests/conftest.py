@@ -1,5 +1,6 @@
 """What the tests share. Every week*.py at the top level is found here: a new script is tested without being named."""
 
+import inspect
 import json
 import os
 import shutil
@@ -127,7 +128,7 @@ class TinyRuns:
 
 
 def pytest_configure(config):
-    config.addinivalue_line("markers", "early(by): the fixture early has the result of by(folder, *parameters)")
+    config.addinivalue_line("markers", "early(by): the fixture early has the result of by(folder, ...)")
 
 
 def pytest_collection_modifyitems(items):
@@ -143,8 +144,9 @@ def background(request, tmp_path_factory):
     work.tiny_runs = TinyRuns(work, tmp_path_factory.mktemp("tiny"))
     for item in request.session.items:
         params = item.callspec.params if hasattr(item, "callspec") else {}
-        if mark := item.get_closest_marker("early"):
-            work.start(item.nodeid, mark.kwargs["by"], tmp_path_factory.mktemp("early"), *params.values())
+        if "early" in item.fixturenames:
+            by, *args = early_key(item)
+            work.start((by, *args), by, tmp_path_factory.mktemp("early"), *args)
         device = params.get("device", "cpu")
         if "tiny_runs" in item.fixturenames and (device == "cpu" or torch.cuda.is_available()):
             for n in range(1 + (item.originalname == "test_same_seed_same_result")):
@@ -164,8 +166,14 @@ def tiny_runs(background):
 
 @pytest.fixture
 def early(request, background):
-    """What the function of this test's early mark returned."""
-    return background.result(request.node.nodeid)
+    """What the function of this test's early mark returned. It runs once for all tests that ask for the same."""
+    return background.result(early_key(request.node))
+
+
+def early_key(item):
+    """The function of a test's early mark, and which of the test's parameters it wants beside a folder."""
+    by = item.get_closest_marker("early").kwargs["by"]
+    return by, *(item.callspec.params[name] for name in [*inspect.signature(by).parameters][1:])
 
 
 def this_week_s(path):
