@@ -357,7 +357,7 @@ def main(cfg):
     for flag, low in LEAST.items():
         value, high = getattr(cfg, flag), 2**62 if flag == "seed" else 10**6
         require(low <= value <= high, f"--{flag.replace('_', '-')} {value}: must be {low} to {high}")
-    require((cfg.model == "random") != bool(cfg.adapters), f"--model {cfg.model}, --adapters: both or neither")
+    require((cfg.model == "random") != bool(cfg.adapters), f"--model {cfg.model}, --adapters: both or none")
     device = pick_device(cfg.device)
     save(cfg.out, ".started", Path.touch)            # an --out that cannot be written shows now, not later
     for x in transformers, diffusers.utils: x.logging.set_verbosity_error(); x.logging.disable_progress_bar()
