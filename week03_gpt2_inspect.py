@@ -26,7 +26,7 @@ from pydoc_data.topics import topics                 # Python's own manual: Engl
 from typing import Literal, get_args
 import safetensors, tokenizers, torch, transformers
 import torch.nn.functional as F
-from huggingface_hub import hf_hub_download, hf_hub_url
+from huggingface_hub import errors, hf_hub_download, hf_hub_url
 from PIL import Image, ImageDraw, ImageFont
 
 # ----------------------------------------------------------------------------------------------------- Config
@@ -221,7 +221,6 @@ def locate(cfg, files, instead):
     require(cfg.model == Config.model and not cfg.tiny, f"--model {cfg.model}: no folder or model ({reason})")
     print(f"no {cfg.model} ({reason}). {instead}")
     return "random"
-
 def load(cfg):
     """-> transformers' GPT-2, our tokenizer, the library's with that vocabulary, and what the weights are"""
     folder = locate(cfg, ("config.json", "model.safetensors", "vocab.json", "merges.txt"),
@@ -234,6 +233,11 @@ def load(cfg):
         model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**size))
         return model.eval(), BPE.train(text, cfg.vocab), library, folder
     try:
+        read = lambda name: Path(folder, name).read_text("utf-8")
+        if Path(folder, "tokenizer.json").exists(): told = read("tokenizer.json")
+        else: told = json.dumps(dict(model=dict(type="BPE", vocab=json.loads(read("vocab.json")),
+                                                merges=re.findall("^(?!#v).+", read("merges.txt"), re.M))))
+        tokenizers.Tokenizer.from_buffer(told.encode())      # a ValueError, where theirs is a bare Exception
         model, report = transformers.GPT2LMHeadModel.from_pretrained(
             folder, use_safetensors=True, dtype=torch.float32, output_loading_info=True)
         library = transformers.GPT2Tokenizer.from_pretrained(folder).backend_tokenizer
@@ -241,7 +245,8 @@ def load(cfg):
         fits = END in part["vocab"] and len(part["vocab"]) <= model.config.vocab_size
         if report["missing_keys"] or not fits: raise ValueError("no GPT-2 with its tokenizer")
         return model.eval(), BPE(part["vocab"], part["merges"]), library, cfg.model
-    except (OSError, ValueError, RuntimeError, LookupError, TypeError, safetensors.SafetensorError) as error:
+    except (OSError, ValueError, RuntimeError, LookupError, TypeError, AttributeError, ArithmeticError,
+            safetensors.SafetensorError, errors.StrictDataclassError) as error:
         require(False, f"--model {cfg.model}: {' '.join(str(error).split())}")
 
 # -------------------------------------------------------------------------------------------------------- Run
@@ -290,7 +295,6 @@ def draw(maps, attention, weights):
 def require(ok, message):
     """For what the user can put right: one line on stderr, and exit code 2."""
     if not ok: argparse.ArgumentParser().exit(2, f"error: {message}\n")
-
 def parse_config(config, tiny, argv=None):
     """Flags from the fields of a dataclass, --help from its source; --tiny sets `tiny`, other flags win."""
     parser = argparse.ArgumentParser(allow_abbrev=False)
@@ -302,7 +306,6 @@ def parse_config(config, tiny, argv=None):
         parser.add_argument("--" + f.name.replace("_", "-"), default=argparse.SUPPRESS, **kind)
     given = vars(parser.parse_args(argv))
     return config(**{**(tiny if given.get("tiny") else {}), **given})
-
 def pick_device(name):
     """auto = cuda if there is one, else cpu.  mps only by name: it can be wrong without an error."""
     try:
@@ -311,14 +314,12 @@ def pick_device(name):
         return device
     except (RuntimeError, AssertionError) as error:
         require(False, f"--device {name}: {str(error).splitlines()[0]}; try auto, cpu, cuda, cuda:1, mps")
-
 def check(claim, ours, reference, tol):
     """Print the largest difference between two lists of tensors; where it is too large, exit with code 1."""
     pairs = zip(ours, reference, strict=True)
     worst = max((torch.as_tensor(a) - b).abs().max().nan_to_num(math.inf).item() for a, b in pairs)
     print(f"{'ok' if worst <= tol else 'FAIL':4} {claim:51} max|diff| {worst:.1e}  (tol {tol:.0e})")
     if worst > tol: sys.exit(1)
-
 def save(folder, name, write):
     """write(temporary), then rename, into a folder that is new or this script's own: never half a file."""
     out, part = Path(folder), Path(folder, f".{os.getpid()}-{name}")
@@ -333,7 +334,6 @@ def save(folder, name, write):
         require(False, f"--out {folder}: cannot write {name} ({error.strerror})")
     finally:
         if part.exists(): part.unlink()
-
 def finish(cfg, device, result, **context):
     """Write metrics.json, print the RESULT line, return the result."""
     peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Literal, get_args
 import safetensors.torch, tokenizers, torch, transformers
 import torch.nn.functional as F
-from huggingface_hub import hf_hub_download, hf_hub_url
+from huggingface_hub import errors, hf_hub_download, hf_hub_url
 from PIL import Image, ImageDraw, ImageFont
 from torch import nn
 
@@ -50,8 +50,9 @@ class Router(nn.Module):
         super().__init__()
         self.notes, small = notes, transformers.CLIPTextConfig(num_attention_heads=4, num_hidden_layers=1,
             vocab_size=2000, hidden_size=64, projection_dim=64, intermediate_size=128, eos_token_id=1)
-        self.tokenizer, self.tower = clip or (tokenizers.Tokenizer.from_str(notes["tokenizer"]),
-                                              transformers.CLIPTextModelWithProjection(small))
+        self.tokenizer, self.tower = clip or (                 # a ValueError, where from_str's has no name
+            tokenizers.Tokenizer.from_buffer(bytes(notes["tokenizer"], "utf-8")),
+            transformers.CLIPTextModelWithProjection(small))
         self.D = self.tower.config.projection_dim
         self.head = nn.Linear(self.D + len(notes["idf"]), len(notes["labels"]))
         for name in "temperature", "threshold": self.register_buffer(name, torch.ones(()))
@@ -78,8 +79,7 @@ def fit(net, x, y, decay=0.1):
     Logistic regression, a linear layer, ends at X^T (P - onehot(y)) = -decay W (Bishop 2006, Eq. 4.109)."""
     optimizer = torch.optim.LBFGS(net.parameters(), max_iter=300, line_search_fn="strong_wolfe")
     def closure():
-        optimizer.zero_grad()
-        penalty = sum(w.square().sum() for w in net.parameters() if w.ndim == 2)
+        optimizer.zero_grad(); penalty = sum(w.square().sum() for w in net.parameters() if w.ndim == 2)
         (loss := F.cross_entropy(net(x), y, reduction="sum") + decay / 2 * penalty).backward()
         return loss
     optimizer.step(closure)
@@ -218,12 +218,13 @@ def load_clip(cfg, instead):
     folder = locate(cfg, ("config.json", "model.safetensors", "tokenizer.json"), instead)
     if folder == "random": return None
     try:
-        text = Path(folder, "tokenizer.json").read_text("utf-8")
+        text = Path(folder, "tokenizer.json").read_bytes()
         tower, report = transformers.CLIPTextModelWithProjection.from_pretrained(
             folder, use_safetensors=True, output_loading_info=True, dtype=torch.float32)
         if report["missing_keys"] or "<|endoftext|>" not in str(json.loads(text)): raise OSError("no CLIP")
-        return tokenizers.Tokenizer.from_str(text), tower.eval().requires_grad_(False)
-    except (OSError, ValueError, RuntimeError, LookupError, TypeError, safetensors.SafetensorError) as error:
+        return tokenizers.Tokenizer.from_buffer(text), tower.eval().requires_grad_(False)
+    except (OSError, ValueError, RuntimeError, LookupError, TypeError, AttributeError, ArithmeticError,
+            safetensors.SafetensorError, errors.StrictDataclassError) as error:
         require(False, f"--model {cfg.model}: {' '.join(str(error).split())[:200]}")
 
 # --------------------------------------------------------------------------------------------------- Training
@@ -363,8 +364,7 @@ def main(cfg):
     require(0 <= cfg.seed < 2**63, f"--seed {cfg.seed}: must be at least 0")
     device = pick_device(cfg.device)
     save(cfg.out, ".started", Path.touch)            # an --out that cannot be written shows now, not later
-    transformers.logging.set_verbosity_error(); transformers.logging.disable_progress_bar()
-    run_checks()
+    transformers.logging.set_verbosity_error(); transformers.logging.disable_progress_bar(); run_checks()
     if cfg.route: return route(cfg, device)
     parts, labels = load_prompts(cfg)
     clip = load_clip(cfg, "Instead, a small text tower is trained here: it knows the words of the prompts.")

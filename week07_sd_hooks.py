@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import get_args
 import diffusers, safetensors, torch, torch.utils.flop_counter, torch.utils.weak, transformers
 from diffusers import AutoencoderKL, UNet2DConditionModel
-from huggingface_hub import hf_hub_download, hf_hub_url
+from huggingface_hub import errors, hf_hub_download, hf_hub_url
 from PIL import Image, ImageDraw, ImageFont
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
@@ -216,11 +216,13 @@ def load(cfg, device):
                 if cfg.model == "tiny": config = config | SMALL
                 with torch.device(device): model = make(kind, config)
             models.append((model.half() if device.type in ("cuda", "mps") else model).eval().to(device))
+        for file in Path(folder, "tokenizer").glob("*.json") if real else []: json.loads(file.read_bytes())
         if real: tokenizer = CLIPTokenizer.from_pretrained(Path(folder, "tokenizer"))
         text, vae, unet = (model.config for model in models)
         if (text.hidden_size, vae.latent_channels) != (unet.cross_attention_dim, unet.in_channels) or (
            tokenizer and not 99 < len(tokenizer) <= text.vocab_size): raise ValueError("the parts do not fit")
-    except (OSError, ValueError, RuntimeError, LookupError, TypeError, safetensors.SafetensorError) as error:
+    except (OSError, ValueError, RuntimeError, LookupError, TypeError, AttributeError, ArithmeticError,
+            safetensors.SafetensorError, errors.StrictDataclassError) as error:
         require(False, f"--model {cfg.model}: {' '.join(str(error).split())[:200]}")
     return *models, tokenizer, cfg.model if real else "random" if cfg.run else "none"
 
@@ -253,8 +255,7 @@ def draw(rows):
     sizes, pitch = sorted({row["ins"][0][2] for _, row in boxes}), 2920 // max(30, len(boxes))
     pen, w = ImageDraw.Draw(page := Image.new("RGB", (3200, 630 + 380 * len(sizes)), "white")), 0.6 * pitch
     def arrow(color, *points):
-        (_, before), (x, y) = points[-2:]
-        pen.line(points, color, 6, "curve")
+        (_, before), (x, y) = points[-2:]; pen.line(points, color, 6, "curve")
         pen.polygon([(x, y), *((x + dx, y + math.copysign(18, before - y)) for dx in (-11, 11))], color)
     spots = [(230 + pitch * i, 90 + 380 * (len(sizes) - sizes.index(row["ins"][0][2])),
               40 + 130 * math.sqrt(row["ins"][0][2] / sizes[-1])) for i, (_, row) in enumerate(boxes)]
@@ -365,8 +366,7 @@ def main(cfg):
     device = pick_device(cfg.device)
     save(cfg.out, ".started", Path.touch)            # an --out that cannot be written shows now, not later
     for log in diffusers.logging, transformers.logging: log.set_verbosity_error(), log.disable_progress_bar()
-    run_checks(), torch.manual_seed(cfg.seed)
-    place = device if cfg.run else torch.device("meta")
+    run_checks(), torch.manual_seed(cfg.seed); place = device if cfg.run else torch.device("meta")
     text, vae, unet, tokenizer, weights = load(cfg, place)
     n, sides = 2 ** len(vae.config.block_out_channels) // 2, re.fullmatch(r"(\d{1,4})x(\d{1,4})", cfg.size)
     require(sides and all(int(side) % n == 0 and int(side) >= 8 * n for side in sides.groups()),

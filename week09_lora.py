@@ -1,9 +1,9 @@
 # /// script
 # requires-python = ">=3.10"
-# dependencies = ["torch>=2.9", "transformers>=5.1", "diffusers>=0.36", "safetensors>=0.4.5", "pillow>=10.1"]
+# dependencies = ["torch>=2.9", "transformers>=5.1", "diffusers>=0.36", "huggingface-hub>=1.3",
+#                 "safetensors>=0.4.5", "pillow>=10.1"]
 # ///
 """Week 9: LoRA. A style for Stable Diffusion in a small file, and what it costs the content.
-
 Paper: Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models".
 The idea: leave the weights W as they are; learn W + (alpha / r) B A, where A has r rows and B r columns.
 
@@ -14,14 +14,13 @@ The idea: leave the weights W as they are; learn W + (alpha / r) B A, where A ha
 Expected: 97 % of the pictures in the new style, 100 % in the right colour, 95 % of the right shape (base 100)
 with 4.3 % as many parameters as the U-Net; 8 min on one core, seed 1337 alone.
 """
-import argparse, copy, inspect, json, math, os, random, re, shutil, sys, time
+import argparse, copy, http.client, inspect, json, math, os, random, re, sys, tempfile, time, urllib.request
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Literal, get_args
-import diffusers, safetensors.torch, torch, transformers
+import diffusers, huggingface_hub as hub, safetensors.torch, torch, transformers
 from PIL import Image, ImageDraw, ImageFont
 from torch import nn
-
 # ----------------------------------------------------------------------------------------------------- Config
 @dataclass
 class Config:
@@ -41,7 +40,6 @@ class Config:
     ablate: Literal["none", "convolutions"] = "none"    # adapt the attention alone, as is usual
 TINY = dict(base_steps=6, steps=4, batch=4, calls=2, draws=1)
 LEAST = dict(seed=0, rank=1, alpha=1e-6, base_steps=1, steps=1, batch=1, lr=1e-9, calls=1, draws=1)
-
 # ------------------------------------------------------------------------------------------------------- LoRA
 # N pictures; a layer from I to O numbers, with a kernel K x K if it is a convolution; rank r.
 class LoRALayer(nn.Module):
@@ -87,7 +85,6 @@ def remove_lora(model, loras):
 def set_scale(loras, scale):
     """0 is the base, bit for bit; 1 as trained; more than 1 is more of it."""
     for lora in loras.values(): lora.scale = scale
-
 # --------------------------------------------------------------------------- Files that other tools read, too
 def save_lora(folder, name, loras):
     """For diffusers and peft. Its metadata keep alpha: without them, both would take alpha = r."""
@@ -121,7 +118,6 @@ def load_lora(path, model):
         loras |= inject_lora(model, f"^{re.escape(name)}$", len(part["A"]), alpha)
         loras[name].lora_A.weight.data.copy_(part["A"]), loras[name].lora_B.weight.data.copy_(part["B"])
     return loras
-
 # ----------------------------------------------------------------------------------------------------- Checks
 def run_checks():
     """Hold a convolution and a linear layer against the definition, and the count against the true SD's."""
@@ -146,7 +142,6 @@ def run_checks():
     loras = inject_lora(true, ATTENTION, 4, 4)
     size = sum(w.numel() for w in true.parameters() if w.requires_grad)
     check("SD v1.5, attention: 128 layers, r x 199,296 numbers", [len(loras), size], [128, 4 * 199_296], 0)
-
 # ------------------------------------------------------------------------------------------------------- Data
 COLORS = dict(red=(0.85, 0.1, 0.1), green=(0.1, 0.6, 0.2), blue=(0.15, 0.3, 0.9), yellow=(0.95, 0.8, 0.1),
               purple=(0.55, 0.15, 0.7), pink=(0.95, 0.55, 0.75))
@@ -187,7 +182,6 @@ def judge(pictures):
     drawn = torch.cat([paint(g[:, :3], g[:, 3:] / n) for g in grid.split(250)]).flatten(1)   # parts: faster
     x, size = nn.functional.interpolate(pictures, 32, mode="area").flatten(1), drawn.square().sum(1)
     return grid[torch.cat([(size - 2 * part @ drawn.T).argmin(1) for part in x.split(256)]), :3]
-
 # ----------------------------------------------------------------------------------- Stable Diffusion's parts
 # sd: a StableDiffusionPipeline of diffusers, true or small, as a box of parts (Rombach et al. 2022).
 def small_model():
@@ -207,7 +201,10 @@ def small_model():
     return diffusers.StableDiffusionPipeline(None, text, words, unet, noise, None, None, None, False)
 def load(model, tiny):
     """Stable Diffusion from a folder or the hub; its own scheduler gives way to DDIM, with the same noise."""
+    try: tiny or Path(model).is_dir() or urllib.request.urlopen(hub.constants.ENDPOINT, timeout=4).close()
+    except (OSError, ValueError, http.client.HTTPException): tiny = True       # a silent hub: what is cached
     try:
+        for file in Path(model, "tokenizer").glob("*.json"): json.loads(file.read_bytes())  # is it whole?
         none = ["safety_checker"] + ["vae"] * (Path(model).is_dir() and not Path(model, "vae").exists())
         sd = diffusers.StableDiffusionPipeline.from_pretrained(
             model, requires_safety_checker=False, use_safetensors=True, dtype=torch.float32,
@@ -216,8 +213,18 @@ def load(model, tiny):
         if (len(sd.tokenizer), sd.unet.config.in_channels) != (words, size): raise ValueError("unfit parts")
         sd.scheduler = diffusers.DDIMScheduler.from_config(sd.scheduler.config, clip_sample=False)
         return sd
-    except (OSError, ValueError, RuntimeError, LookupError, TypeError, safetensors.SafetensorError) as error:
+    except (OSError, ValueError, RuntimeError, LookupError, TypeError, AttributeError, ArithmeticError,
+            safetensors.SafetensorError, hub.errors.StrictDataclassError) as error:
         require(False, f"--model {model}: {' '.join(str(error).split())[:200]}")
+def save_base(sd, folder):
+    """Write all of sd as folder/base. What was there stays whole until the new one is."""
+    try:
+        with tempfile.TemporaryDirectory(prefix=f".{os.getpid()}-", dir=folder) as part:
+            sd.to("cpu").save_pretrained(f"{part}/new")
+            if (base := Path(folder, "base")).exists(): base.replace(f"{part}/old")
+            Path(part, "new").replace(base)
+    except (OSError, safetensors.SafetensorError) as error:
+        require(False, f"--out {folder}: cannot write base ({' '.join(str(error).split())[:200]})")
 def embed(sd, captions):
     """N captions, filled up to T tokens  -> (N, T, D)"""
     tokens = sd.tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt").input_ids
@@ -228,7 +235,6 @@ def encode(sd, x):
     if not sd.vae: return torch.pixel_unshuffle(x, 4).to(sd.unet.device)
     x = nn.functional.interpolate(x.to(sd.unet.device), sd.unet.config.sample_size * sd.vae_scale_factor)
     return sd.vae.encode(x).latent_dist.mean * sd.vae.config.scaling_factor
-
 # --------------------------------------------------------------------------------------------------- Training
 def train(sd, weights, style, steps, lr, cfg):
     """Least squares on what is asked of noisy latents of drawings in one style.   -> seconds"""
@@ -278,7 +284,6 @@ def evaluate(sd, style, cfg, name):
         seen_shape=right[known, 1], new_shape=right[~known, 1]).items()}
     print(f"{name:14}" + "".join(f" | {key} {rate:6.1%}" for key, rate in rates.items()))
     return rates, pictures
-
 # --------------------------------------------------------------------------------------------------- Pictures
 def draw(title, table, shown):
     """Eight prompts (columns) without and with each LoRA at each scale (rows), and what the judge says."""
@@ -295,7 +300,6 @@ def draw(title, table, shown):
             tile = Image.frombytes("RGB", data.shape[1::-1], data.tobytes()).resize((96, 96), Image.NEAREST)
             page.paste(tile, (192 + 100 * j, 100 + 100 * i))
     return page
-
 # ---------------------------------------------------------------- Plumbing, the same wherever a week needs it
 def require(ok, message):
     """For what the user can put right: one line on stderr, and exit code 2."""
@@ -349,7 +353,6 @@ def finish(cfg, device, result, **context):
     save(cfg.out, "metrics.json", lambda part: part.write_text(json.dumps({**result, **context}, indent=1)))
     print("RESULT", *(f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in result.items()))
     return result
-
 # ------------------------------------------------------------------------------------------------------- Main
 def main(cfg):
     """Check; have a base; train LoRAs; judge and draw what they do.  Returns the RESULT line's figures."""
@@ -359,14 +362,13 @@ def main(cfg):
     device = pick_device(cfg.device)
     save(cfg.out, ".started", Path.touch)            # an --out that cannot be written shows now, not later
     for x in transformers, diffusers.utils: x.logging.set_verbosity_error(); x.logging.disable_progress_bar()
-    run_checks(); torch.manual_seed(cfg.seed)
-    table, shown, seconds = {}, {}, {"base": 0.0}
+    run_checks(); torch.manual_seed(cfg.seed); table, shown, seconds = {}, {}, {"base": 0.0}
     sd = (load(cfg.model, cfg.tiny) if cfg.model != "random" else small_model()).to(device)
     print(f"week 9 | {device}, float32 | torch {torch.__version__} | data: drawn here | weights: {cfg.model}")
     if cfg.model == "random":
         learn = [*sd.unet.parameters(), *sd.text_encoder.parameters()]
         seconds["base"] = train(sd, learn, "plain", cfg.base_steps, 2e-3, cfg)
-        sd.to("cpu"); shutil.rmtree(f"{cfg.out}/base", True); save(cfg.out, "base", sd.save_pretrained)
+        save_base(sd, cfg.out)
     sd.to(device).text_encoder.requires_grad_(False)
     total = sum(w.numel() for w in sd.unet.parameters())
     if total > 1e8: sd.unet.train().enable_gradient_checkpointing()      # a third more time, much less memory
@@ -379,8 +381,7 @@ def main(cfg):
         loras = load_lora(Path(cfg.out, f"{style}.safetensors"), sd.unet)         # what is judged is the file
         for scale in (1,) if cfg.tiny else (0.5, 1, 1.5):
             set_scale(loras, scale)
-            row = f"{style} x {scale}"
-            table[row], shown[row] = evaluate(sd, style, cfg, row)
+            row = f"{style} x {scale}"; table[row], shown[row] = evaluate(sd, style, cfg, row)
         remove_lora(sd.unet, loras)
     count, base_seconds = sum(w.numel() for w in learn), seconds.pop("base")
     save(cfg.out, "lora.png", draw(f"Rank {cfg.rank}: {count:,} parameters; * never seen", table, shown).save)
@@ -389,7 +390,6 @@ def main(cfg):
     result |= dict(trained_parameters=count, trained_fraction=count / total, base_seconds=base_seconds,
                    train_seconds=sum(seconds.values()) / 4)
     return finish(cfg, device, result, table=table, style_seconds=seconds, weights=cfg.model)
-
 if __name__ == "__main__":
     sys.stdout.reconfigure(line_buffering=True)
     try:

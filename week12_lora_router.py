@@ -1,9 +1,9 @@
 # /// script
 # requires-python = ">=3.10"
-# dependencies = ["torch>=2.9", "transformers>=5.1", "diffusers>=0.36", "safetensors>=0.4.5", "pillow>=10.1"]
+# dependencies = ["torch>=2.9", "transformers>=5.1", "diffusers>=0.36", "huggingface-hub>=1.3",
+#                 "safetensors>=0.4.5", "pillow>=10.1"]
 # ///
 """Week 12: a router that injects LoRA adapters. Each prompt gets the adapter of the style that it asks for.
-
 Paper: Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models" (week 9 makes such adapters).
 The idea: W x + B (g * A x), with all adapters side by side in A and B. A light classifier reads the prompt's
 text features and writes g: row n is the weight of each adapter for picture n. Nothing else changes.
@@ -13,14 +13,13 @@ text features and writes g: row n is the weight of each adapter for picture n. N
 
 Expected: 100 % of unseen phrasings routed, 95 % of pictures right (oracle 96, base 20), 6 min on one core.
 """
-import argparse, copy, inspect, json, math, os, random, re, shutil, statistics, sys, time
+import argparse, copy, http.client, inspect, json, math, os, random, re, statistics, sys, tempfile, time
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import get_args
-import diffusers, safetensors.torch, torch, transformers
+import diffusers, huggingface_hub as hub, safetensors.torch, torch, transformers, urllib.request
 from PIL import Image, ImageDraw, ImageFont
 from torch import nn
-
 # ----------------------------------------------------------------------------------------------------- Config
 @dataclass
 class Config:
@@ -38,15 +37,13 @@ class Config:
     calls: int = 12            # of the U-Net, for a picture
 TINY = dict(base_steps=6, steps=4, calls=2)
 LEAST = dict(seed=0, budget=1e-6, threshold=0, base_steps=1, steps=1, calls=1)
-
 # -------------------------------------------------------------------------------------- Adapters and a router
 # N samples; S slots of rank R; a layer from I to O numbers, with a kernel K x K if it is a convolution.
 class LoRASlots(nn.Module):
     """W x + B (g * A x): A (S R, I) and B (O, S R) hold S adapters, the gate g (N, S R) says how much of each
     sample n wears; 0 adds 0 (Hu et al. 2021, with a gate). For convolutions, A (.., K, K), B (.., 1, 1)."""
     def __init__(self, base, gate):
-        super().__init__()
-        self.base, self.gate, (O, I, *K) = base, gate, base.weight.shape
+        super().__init__(); self.base, self.gate, (O, I, *K) = base, gate, base.weight.shape
         self.A = nn.Parameter(nn.init.kaiming_uniform_(base.weight.new_empty(gate.shape[1], I, *K), 5**0.5))
         self.B = nn.Parameter(base.weight.new_zeros(O, gate.shape[1], *[1 for _ in K]))
     def forward(self, x):
@@ -79,8 +76,7 @@ class Wardrobe:
     def wear(self, choices):
         """Write the gate: sample n wears one adapter, (name, weight), or none, ("", 0)."""
         rows = torch.zeros(len(choices), self.S, self.R)
-        for row, (name, weight) in zip(rows, choices):
-            if name: row[self.worn[name]] = weight
+        for n, (name, weight) in enumerate(choices): rows[n, self.worn[name] if name else []] = weight
         self.gate[: len(rows)].copy_(rows.flatten(1))
 def read_adapter(path, model):
     """A LoRA of ours or peft's (lora_A, lora_B), or of diffusers' (lora.down, lora.up), for a U-Net.
@@ -121,7 +117,6 @@ def fit_router(sd, wanted, each=400, decay=1e-4):
         scores = (features(sd, prompts) @ W).clamp(0, 1)
         return [(names[p.argmax()], p.max().item()) if p.max() >= threshold else ("", 0.0) for p in scores]
     return router
-
 # ----------------------------------------------------------------------------------------------------- Checks
 def run_checks():
     """One batch of samples that wear different adapters, against weights with the update added by hand."""
@@ -140,7 +135,6 @@ def run_checks():
             W[f"{k}.weight"] += weight * (B.flatten(1) @ A.flatten(1)).view_as(W[f"{k}.weight"])
         by_hand.append(torch.func.functional_call(base, W, sample[None])[0])
     check("four samples, mixed == W + g B A, one by one", net(x), by_hand, 1e-9)
-
 # ------------------------------------------------------------------------------------------------------- Data
 COLORS = dict(red=(0.85, 0.1, 0.1), green=(0.1, 0.6, 0.2), blue=(0.15, 0.3, 0.9), yellow=(0.95, 0.8, 0.1),
               purple=(0.55, 0.15, 0.7), pink=(0.95, 0.55, 0.75))
@@ -206,12 +200,24 @@ def small_model():
 def load(model, tiny):
     """Stable Diffusion, a pipeline of diffusers, from a folder or the hub."""
     none = ["safety_checker"] + ["vae"] * (Path(model, "unet").exists() and not Path(model, "vae").exists())
+    try: tiny or Path(model).is_dir() or urllib.request.urlopen(hub.constants.ENDPOINT, timeout=4).close()
+    except (OSError, ValueError, http.client.HTTPException): tiny = True       # a silent hub: what is cached
     try:
+        for file in Path(model, "tokenizer").glob("*.json"): json.loads(file.read_bytes())  # is it whole?
         return diffusers.StableDiffusionPipeline.from_pretrained(
             model, use_safetensors=True, dtype=torch.float32, local_files_only=tiny, **dict.fromkeys(none))
-    except (OSError, ValueError, RuntimeError, LookupError, TypeError, safetensors.SafetensorError) as error:
+    except (OSError, ValueError, RuntimeError, LookupError, TypeError, AttributeError, ArithmeticError,
+            safetensors.SafetensorError, hub.errors.StrictDataclassError) as error:
         require(False, f"--model {model}: {' '.join(str(error).split())[:200]}")
-
+def save_base(sd, folder):
+    """Write all of sd as folder/base. What was there stays whole until the new one is."""
+    try:
+        with tempfile.TemporaryDirectory(prefix=f".{os.getpid()}-", dir=folder) as part:
+            sd.to("cpu").save_pretrained(f"{part}/new")
+            if (base := Path(folder, "base")).exists(): base.replace(f"{part}/old")
+            Path(part, "new").replace(base)
+    except (OSError, safetensors.SafetensorError) as error:
+        require(False, f"--out {folder}: cannot write base ({' '.join(str(error).split())[:200]})")
 # --------------------------------------------------------------------------------------- Training and serving
 def train(sd, weights, styles, steps, lr, cfg, wardrobe=None):
     """Week 9's least squares. With a wardrobe, drawings wear the adapter of their style: all learn."""
@@ -236,8 +242,7 @@ def make(cfg, device):
     """Train the small model, then, with it frozen, an adapter for each style.   -> --out: base, adapters"""
     sd, R = small_model().to(device), 2
     train(sd, [*sd.unet.parameters(), *sd.text_encoder.parameters()], STYLES[:1], cfg.base_steps, 2e-3, cfg)
-    sd.to("cpu"); shutil.rmtree(f"{cfg.out}/base", True); save(cfg.out, "base", sd.save_pretrained)
-    sd.to(device).text_encoder.requires_grad_(False)
+    save_base(sd, cfg.out); sd.to(device).text_encoder.requires_grad_(False)
     empty = {k: (m.weight[:R], 0) for k, m in sd.unet.named_modules() if type(m) in (nn.Linear, nn.Conv2d)}
     wardrobe = Wardrobe(sd.unet, dict.fromkeys(PHRASES, empty), math.inf)            # A is drawn, and B is 0
     wardrobe.worn = {style: n for n, style in enumerate(PHRASES)}
@@ -280,7 +285,6 @@ def evaluate(sd, router, wardrobe, cfg):
         table[way] = dict(zip("color shape style all route".split(), right))
         print(f"{way:8}" + "".join(f" | {key} {rate:6.1%}" for key, rate in table[way].items()))
     return table, log
-
 # --------------------------------------------------------------------------------------------------- Pictures
 def draw(log, columns):
     """Prompts down the side; what the base, each adapter and the router's choice made of them."""
@@ -296,7 +300,6 @@ def draw(log, columns):
             data = (127.5 * pictures[i] + 127.5).round().byte().permute(1, 2, 0).contiguous().numpy()
             page.paste(Image.fromarray(data).resize((96, 96), Image.NEAREST), (x + 2, y + 2))
     return page
-
 # ---------------------------------------------------------------- Plumbing, the same wherever a week needs it
 def require(ok, message):
     """For what the user can put right: one line on stderr, and exit code 2."""
@@ -350,7 +353,6 @@ def finish(cfg, device, result, **context):
     save(cfg.out, "metrics.json", lambda part: part.write_text(json.dumps({**result, **context}, indent=1)))
     print("RESULT", *(f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in result.items()))
     return result
-
 # ------------------------------------------------------------------------------------------------------- Main
 def main(cfg):
     """Check; have a base and adapters; route, draw, judge, time.  Returns the RESULT line's figures."""
@@ -374,8 +376,7 @@ def main(cfg):
     if cfg.route:
         for n, prompt in enumerate(map(str.strip, sys.stdin if cfg.route == "-" else [cfg.route])):
             pictures, row = answer(sd, wardrobe, [prompt], router([prompt], cfg.threshold), cfg)
-            save(cfg.out, f"prompt{n}.png", draw([row], {"": pictures}).save)
-            print(json.dumps(row))
+            save(cfg.out, f"prompt{n}.png", draw([row], {"": pictures}).save); print(json.dumps(row))
         return print(f"RESULT out={cfg.out}")
     table, log = evaluate(sd, router, wardrobe, cfg)
     save(cfg.out, "requests.jsonl", lambda part: part.write_text("\n".join(map(json.dumps, log)) + "\n"))
@@ -389,7 +390,6 @@ def main(cfg):
                   swap_ms=ms(False), load_ms=ms(True), reload_ms=reload_ms, bytes_base=bytes_base,
                   bytes_adapters=wardrobe.bytes, bytes_full_copies=len(found) * bytes_base)
     return finish(cfg, device, result, table=table, weights=cfg.model, adapters=[*found])
-
 if __name__ == "__main__":
     sys.stdout.reconfigure(line_buffering=True)
     try:

@@ -780,7 +780,36 @@ def no_end(folder):
     (folder / "vocab.json").write_text(json.dumps(ids), encoding="utf-8")
 
 
+def rewrite(path, **values):
+    path.write_text(json.dumps(json.loads(path.read_text(encoding="utf-8")) | values), encoding="utf-8")
+
+
+def heads_by_name(folder):
+    rewrite(folder / "config.json", n_head="two")
+
+
+def no_heads(folder):
+    rewrite(folder / "config.json", n_head=0)
+
+
+def ids_by_name(folder):
+    rewrite(folder / "vocab.json", a="b")
+
+
+def vocab_is_a_list(folder):
+    (folder / "vocab.json").write_text("[1, 2]")
+
+
+def merges_of_three(folder):
+    (folder / "merges.txt").write_text("#version: 0.2\na b c\n")
+
+
 BROKEN = [
+    heads_by_name,
+    no_heads,
+    ids_by_name,
+    vocab_is_a_list,
+    merges_of_three,
     empty,
     truncated,
     no_json,

@@ -163,6 +163,7 @@ def test_each_head_sees_its_own_half_of_the_features():
     router, x, y, rows, _ = table_of(0.9)
     inside, D = y["test"] >= 0, router.D
     share = lambda scores: (scores.argmax(1) == y["test"])[inside].float().mean().item()  # noqa: E731
+
     def fitted(part):
         return week.fit(torch.nn.Linear(part(x["train"]).shape[1], 3), part(x["train"]), y["train"])
 
@@ -248,8 +249,6 @@ def test_the_other_modules():
 
 
 # -------------------------------------------------------------------------------------------------------- data
-
-
 
 
 def test_phrasings_of_the_test_never_occur_in_training(monkeypatch):
@@ -370,6 +369,13 @@ def test_wrong_model_folders_are_refused(clip, tmp_path, refused):
         refused(load, tmp_path / name, names=["--model", name])
     (tmp_path / "notok" / "tokenizer.json").write_text("{}")
     refused(load, tmp_path / "notok", names=["--model", "no CLIP"])
+    (tmp_path / "notok" / "tokenizer.json").write_text('{"model": "<|endoftext|>"}')
+    refused(load, tmp_path / "notok", names=["--model"])
+    config = json.loads((clip / "config.json").read_text())
+    config["num_attention_heads"] = "two"
+    (tmp_path / "notok" / "config.json").write_text(json.dumps(config))
+    refused(load, tmp_path / "notok", names=["--model"])
+    (tmp_path / "notok" / "config.json").write_bytes((clip / "config.json").read_bytes())
     (tmp_path / "notok" / "tokenizer.json").write_bytes((clip / "tokenizer.json").read_bytes())
     (tmp_path / "notok" / "model.safetensors").write_bytes(b"broken")
     refused(load, tmp_path / "notok", names=["--model"])

@@ -544,7 +544,17 @@ def large_tokenizer(folder):
     week.make(CLIPTextModel, week.TEXT | week.SMALL | size).save_pretrained(folder / "text_encoder")
 
 
-BROKEN = [no_part, no_weights, truncated, pickled, no_json, other_width, other_depth, other_words, other_latent,
+def no_json_in_the_tokenizer(folder):
+    for path in (folder / "tokenizer").glob("*.json"):
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def heads_by_name(folder):
+    path = folder / "text_encoder" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | dict(num_attention_heads="two")))
+
+
+BROKEN = [no_json_in_the_tokenizer, heads_by_name, no_part, no_weights, truncated, pickled, no_json, other_width, other_depth, other_words, other_latent,
           no_tokenizer, empty_tokenizer, large_tokenizer]  # fmt: skip
 
 

@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+from pathlib import Path
 
 import diffusers
 import pytest
@@ -509,3 +510,30 @@ def test_a_loss_that_is_not_finite_stops_the_run(small, monkeypatch):
     monkeypatch.setattr(week, "encode", lambda sd, x: F.pixel_unshuffle(x, 4) * math.nan)
     with pytest.raises(SystemExit, match="step 1: the loss is nan"):
         week.train(sd, [*sd.unet.parameters()], "plain", 3, 1e-3, week.Config(batch=2))
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), safetensors.SafetensorError("no space")])
+def test_a_base_is_written_whole_or_not_at_all(error, tmp_path, refused):
+    class Parts:
+        def to(self, device):
+            return self
+
+        def save_pretrained(self, folder):
+            Path(folder, "unet").mkdir(parents=True)
+            Path(folder, "unet", "new").touch()
+            if self.error:
+                raise self.error
+
+    sd = Parts()
+    for sd.error in (None, error):
+        if sd.error:
+            (tmp_path / "base" / "mine").touch()
+            refused(week.save_base, sd, tmp_path, names=[f"--out {tmp_path}", "base", "o space"])
+            assert (tmp_path / "base" / "mine").exists(), "what was there stays"
+        else:
+            week.save_base(sd, tmp_path)
+        assert [path.name for path in tmp_path.iterdir()] == ["base"]
+        assert (tmp_path / "base" / "unet" / "new").exists()
+    sd.error = None
+    week.save_base(sd, tmp_path)
+    assert not (tmp_path / "base" / "mine").exists(), "a new base takes the place of the old one"

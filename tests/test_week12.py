@@ -6,6 +6,7 @@ import io
 import json
 import math
 import weakref
+from pathlib import Path
 
 import diffusers
 import pytest
@@ -525,3 +526,30 @@ def test_broken_base_and_empty_folder(made, refused, tmp_path):
     refused(call, week, "--tiny", "--model", str(made / "base"), "--adapters", "none", names=("--adapters", "none"))
     (tmp_path / "b" / "unet").mkdir(parents=True)
     refused(call, week, "--tiny", "--model", "b", "--adapters", str(made / "adapters"), names=("--model b",))
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), safetensors.SafetensorError("no space")])
+def test_a_base_is_written_whole_or_not_at_all(error, tmp_path, refused):
+    class Parts:
+        def to(self, device):
+            return self
+
+        def save_pretrained(self, folder):
+            Path(folder, "unet").mkdir(parents=True)
+            Path(folder, "unet", "new").touch()
+            if self.error:
+                raise self.error
+
+    sd = Parts()
+    for sd.error in (None, error):
+        if sd.error:
+            (tmp_path / "base" / "mine").touch()
+            refused(week.save_base, sd, tmp_path, names=[f"--out {tmp_path}", "base", "o space"])
+            assert (tmp_path / "base" / "mine").exists(), "what was there stays"
+        else:
+            week.save_base(sd, tmp_path)
+        assert [path.name for path in tmp_path.iterdir()] == ["base"]
+        assert (tmp_path / "base" / "unet" / "new").exists()
+    sd.error = None
+    week.save_base(sd, tmp_path)
+    assert not (tmp_path / "base" / "mine").exists(), "a new base takes the place of the old one"
