@@ -281,7 +281,7 @@ def draw(rows):
             y, bar = y - h, bar - g
         pen.polygon([(x, y), (x + d, y - d), (x + w + d, y - d), (x + w, y)], "#d9dde6")
     x, told = 230, {f"{kind} {top[kind] / top['flops']:.1%}": color for kind, (color, _) in COLORS.items()}
-    told |= {"skip": "#9b59b6", f"text {top['ins'][-1]}": "#d0218a", "bars: operations of each box": "black"}
+    told |= {"skip": "#9b59b6", f"text {top['ins'][-1]}": "#d0218a", "channels, share; bars: FLOPs": "black"}
     for label in told:
         pen.text((x, 132), label, told[label], font, "lm"); x += 80 + pen.textlength(label, font)
     title = "{kind}: {parameters:,} parameters, {g:.4g} GFLOP, {ins[0]}".format(**top, g=top["flops"] / 1e9)

@@ -284,7 +284,7 @@ def draw(studies, text, asked):
         owner = (torch.linspace(0.002, 0.998, 180)[:, None, None] > share).sum(2)                # (180, 360)
         image = Image.frombytes("RGB", (360, 180), bytes(palette[owner].flatten().tolist()))
         page.paste(image, (20 + 390 * i, 42)); pen.text((20 + 390 * i, 14), title, "black", font)
-    pen.text((20, 234), "Load of each expert by step.  Below: expert per character, by block", "black", font)
+    pen.text((20, 234), "Above: load of each expert.  Below: expert per character, by block", "black", font)
     for (i, row), (k, c) in itertools.product(enumerate(asked.tolist()), enumerate(text)):
         x, y, step = 20 + 1140 * k / len(text), 266 + 34 * i, 1140 / len(text)
         pen.rectangle((x, y, x + step, y + 30), color(row[k]))
