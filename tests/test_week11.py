@@ -1,7 +1,9 @@
 """Week 11: the meter against bytes counted by hand, the techniques against what they replace; no network."""
 
+import inspect
 import json
 import math
+import re
 import shutil
 from types import SimpleNamespace
 
@@ -13,7 +15,7 @@ import torch
 import torch.nn.functional as F
 import transformers
 import week11_profile as week
-from conftest import call
+from conftest import ROOT, call
 from diffusers.models.attention_processor import AttnProcessor
 from PIL import Image
 from torch import nn
@@ -140,6 +142,18 @@ def test_fused_attention_stays_whole_on_the_meta_device():
         meter, out = meter_of(lambda: week.fused(q, k, v), [q, k, v], device)
         assert meter.peak == 4 * B * h * (D * (2 * n + 2 * m) + n) and out.device == device
     assert F.scaled_dot_product_attention.__name__ != "<lambda>"
+
+
+def test_the_readme_lifts_the_meter_into_a_script_of_its_own(capsys):
+    (block,) = re.findall(r"```python\n([^`]*class Meter[^`]*)```", (ROOT / "README.md").read_text("utf-8"))
+    code = inspect.getsource(week.Meter)
+    assert "# ... here class Meter ...\n" in block and code.count("\n") == 27, "27 lines, says the README"
+    found = {}
+    exec(block.replace("# ... here class Meter ...\n", code), found)
+    weights = 4 * sum(w.numel() for w in found["model"].parameters())
+    live = found["meter"].live
+    assert live["weights"] == live["gradients"] == weights and found["meter"].peak >= 2 * weights
+    assert "MiB at the peak" in capsys.readouterr().out
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
@@ -316,7 +330,10 @@ def test_int8_rounds_each_channel_to_its_own_step(layer):
     held = {**dict(layer.named_parameters()), **dict(layer.named_buffers())}
     assert sum(t.nbytes for t in held.values()) == w.numel() + 4 * len(w) * (2 if layer.bias is not None else 1)
     layer.register_parameter("weight", nn.Parameter(rounded))
-    assert torch.equal(type(layer)._conv_forward(layer, x, rounded, layer.bias) if w.ndim == 4 else F.linear(x, rounded, layer.bias), got)
+    assert torch.equal(
+        type(layer)._conv_forward(layer, x, rounded, layer.bias) if w.ndim == 4 else F.linear(x, rounded, layer.bias),
+        got,
+    )
 
 
 def test_bytes_of_half_precision_have_its_scale():
