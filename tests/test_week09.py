@@ -488,6 +488,12 @@ def test_the_true_classes_from_a_folder(tmp_path, refused):
     assert sd.scheduler.config.prediction_type == "epsilon"
     assert torch.equal(sd.scheduler.alphas_cumprod, pipe.scheduler.alphas_cumprod)
     assert week.sample(sd, ["a red circle"], week.Config(calls=2)).shape == (1, 3, 16, 16)
+    latents = []
+    decode, sd.vae.decode = sd.vae.decode, lambda z: latents.append(z) or decode(z)
+    for scaling in (0.25, 0.5):
+        sd.vae.register_to_config(scaling_factor=scaling)
+        week.sample(sd, ["a red circle"], week.Config(calls=2))
+    assert torch.equal(latents[0], 2 * latents[1]), "the decoder gets z / scaling_factor"
     for part in ("unet/diffusion_pytorch_model.safetensors", "unet/config.json", "text_encoder/config.json",
                  "tokenizer/tokenizer.json", "model_index.json"):  # fmt: skip
         file = tmp_path / "sd" / part
@@ -537,3 +543,36 @@ def test_a_base_is_written_whole_or_not_at_all(error, tmp_path, refused):
     sd.error = None
     week.save_base(sd, tmp_path)
     assert not (tmp_path / "base" / "mine").exists(), "a new base takes the place of the old one"
+
+
+def test_seen_and_new_pairs_are_not_mixed_up(monkeypatch):
+    """A sampler that draws the pairs of the training well and gets the shape of the others wrong."""
+    shape = torch.where(week.SEEN, week.PAIRS[:, 1], (week.PAIRS[:, 1] + 1) % 4)
+    said = torch.stack([week.PAIRS[:, 0], shape, torch.full((24,), 2)], 1)
+    monkeypatch.setattr(week, "sample", lambda sd, captions, cfg: torch.zeros(len(captions), 3, 32, 32))
+    monkeypatch.setattr(week, "judge", lambda pictures: said.repeat(len(pictures) // 24, 1))
+    rates = week.evaluate(None, week.STYLES[2], week.Config(draws=3), "")[0]
+    assert (rates["seen_shape"], rates["new_shape"], rates["shape"]) == (1, 0, 0.75)
+    assert (rates["style"], rates["color"], rates["content"]) == (1, 1, 0.75)
+
+
+def test_each_lora_is_judged_at_three_scales(tmp_path, monkeypatch):
+    rates, judged = dict.fromkeys("style color shape content seen_shape new_shape".split(), 1.0), []
+
+    def look(sd, style, cfg, name):
+        scales = {m.scale for m in sd.unet.modules() if isinstance(m, week.LoRALayer)}
+        judged.append((name, *scales))
+        return rates, torch.zeros(24, 3, 32, 32)
+
+    monkeypatch.setattr(week, "evaluate", look)
+    monkeypatch.setattr(week, "run_checks", lambda: None)
+    call(week, "--base-steps", 1, "--steps", 1, "--batch", 2, "--out", tmp_path / "out")
+    assert judged[0] == ("base",)
+    assert judged[1:] == [(f"{style} x {k}", k) for style in week.STYLES[1:] for k in (0.5, 1, 1.5)]
+
+
+def test_a_vocabulary_of_another_size_is_refused(tmp_path, refused):
+    words = tiny_sd(tmp_path / "sd").tokenizer
+    words.add_tokens(["zebra"])
+    words.save_pretrained(tmp_path / "sd" / "tokenizer")
+    refused(week.load, str(tmp_path / "sd"), True, names=["--model", "unfit parts"])
