@@ -191,8 +191,8 @@ def small_model():
     text = transformers.CLIPTextModel(transformers.CLIPTextConfig(vocab_size=len(words), hidden_size=64,
         intermediate_size=128, num_hidden_layers=1, num_attention_heads=4, max_position_embeddings=12,
         bos_token_id=0, eos_token_id=1, pad_token_id=1))
-    text.embeddings.position_embedding.weight.requires_grad_(False).zero_()    # or it learns orders by heart
-    text.embeddings.token_embedding.weight.data.normal_()         # 50 times the usual: words must differ
+    tokens, places, *_ = text.parameters()            # the embeddings, of words and of their places
+    places.requires_grad_(False).zero_(); tokens.data.normal_()    # no order by heart; 50 times as large
     unet = diffusers.UNet2DConditionModel(8, 48, 48, block_out_channels=(32, 64), layers_per_block=1,
         down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), attention_head_dim=4, norm_num_groups=8,
         up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"), cross_attention_dim=64)
