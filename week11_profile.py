@@ -296,7 +296,7 @@ COLORS = dict(weights="#36b", optimizer="#96c", gradients="#3a8", activations="#
 def draw(predicted, cfg):
     """What is alive over the operations of an image, above, and of training: before, left, and after."""
     pen = ImageDraw.Draw(page := Image.new("RGB", (1600, 900), "white"))
-    pen.text((24, 14), f"Live memory by operation, predicted, {cfg.predict} x {cfg.predict}", "black", font_size=26)
+    pen.text((24, 14), f"Memory over time, predicted, {cfg.predict} x {cfg.predict}", "black", font_size=26)
     for i, (kind, color) in enumerate(COLORS.items()): pen.text((24 + 150 * i, 58), kind, color, font_size=18)
     for i, j in itertools.product(range(2), range(2)):
         rows = [row for row in predicted if row.startswith(("image", "train adamw")[i])] or ["train"]
