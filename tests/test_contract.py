@@ -334,6 +334,16 @@ def test_readme_has_a_row_for_every_week():
     assert README.rstrip().splitlines()[-1] and re.findall(r"^## (.+)$", README, re.M)[-1] == "Licence"
 
 
+def test_readme_shows_every_picture_and_links_to_nothing_that_is_missing():
+    shown = set(re.findall(r"\.github/\w+\.png", README))
+    assert shown == {f".github/{path.name}" for path in (ROOT / ".github").glob("*.png")}
+    rows = re.findall(r"^\| \d+ \|.*$", README, re.M)[:12]
+    assert all(f'src=".github/{week[:6]}.png"' in row for week, row in zip(WEEKS, rows, strict=True))
+    heads = {re.sub(r"[^\w -]", "", head.lower()).replace(" ", "-") for head in re.findall(r"^#+ (.+)$", README, re.M)}
+    links = re.findall(r"\]\(#(.+?)\)", re.sub(r"\n", " ", README))
+    assert links and set(links) <= heads
+
+
 def test_ci_runs_the_readme_s_own_command():
     assert "README.md" in (ROOT / ".ci" / "run").read_text()
     assert sum("-m pytest" in line for line in commands()) == 1
