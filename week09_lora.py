@@ -9,7 +9,7 @@ The idea: leave the weights W as they are; learn W + (alpha / r) B A, where A ha
 
     python week09_lora.py                                    # trains a small SD, then four styles for it
     python week09_lora.py --model out/week09/base --rank 1 --out out/rank1        # on a base that is there
-    python week09_lora.py --model stable-diffusion-v1-5/stable-diffusion-v1-5 --lr 1e-4
+    python week09_lora.py --model stable-diffusion-v1-5/stable-diffusion-v1-5 --lr 1e-4 --images photos
 
 Expected: 97 % of the pictures in the new style, 100 % in the right colour, 97 % in the right shape (base 100)
 with 4.3 % as many parameters as the U-Net; means of three seeds; 8 min on one core.
@@ -29,6 +29,8 @@ class Config:
     tiny: bool = False         # everything smallest, and no network: to see that it runs
     out: str = "out/week09"    # folder for everything that is written
     model: str = "random"      # SD: an ID on the hub (ID@REVISION), a folder, or random = small, trained here
+    images: str = ""           # a folder of pictures: one LoRA of them, with its name, in place of four
+    caption: str = ""          # of those that have no text of their own beside them: of a.jpg, that is a.txt
     rank: int = 2              # r: the rows of A, the columns of B
     alpha: float = 2.0         # the update of W is alpha / r times B A
     base_steps: int = 1000     # optimizer steps of the small model
@@ -70,7 +72,7 @@ class LoRALayer(nn.Module):
     def unmerge(self):
         """W again, bit for bit."""
         self.base.weight.data.copy_(self.kept); self.kept = None
-ATTENTION = r"attn\d\.to_(q|k|v|out\.0)$"                                       # the field's usual choice
+ATTENTION = r"attn\d\.to_(q|k|v|out\.0)$"         # as usual; in SD v1.5, 128 layers: r x 199,296 numbers
 EVERYTHING = ATTENTION + r"|ff\.net\.(0\.proj|2)$|proj_(in|out)$|conv\d?$|conv_(in|out|shortcut)$"
 def inject_lora(model, targets, rank, alpha):
     """Freeze a model, and adapt the layers whose names match a regular expression.   -> {name: LoRALayer}"""
@@ -120,7 +122,7 @@ def load_lora(path, model):
     return loras
 # ----------------------------------------------------------------------------------------------------- Checks
 def run_checks():
-    """Hold a convolution and a linear layer against the definition, and the count against the true SD's."""
+    """Hold a convolution and a linear layer against the definition."""
     torch.manual_seed(0)
     base = nn.Sequential(nn.Conv2d(5, 7, 3, 2, 1), nn.Flatten(2), nn.Linear(12, 11)).double()
     model, x = copy.deepcopy(base), torch.randn(2, 5, 6, 8, dtype=torch.float64)
@@ -131,17 +133,12 @@ def run_checks():
     A, B, h = loras["2"].lora_A.weight, loras["2"].lora_B.weight, model[1](model[0](x)).flatten(0, 1).detach()
     g = 6 / 3 * torch.ones(len(h), 11).double()                       # alpha / r times gradient of y.sum()
     check("gradients of A and B by hand", [A.grad, B.grad], [B.T @ g.T @ h, g.T @ h @ A.T], 1e-9)
-    ranks = [torch.linalg.matrix_rank(lora.delta().flatten(1)) for lora in loras.values()]
     for lora in loras.values(): lora.merge()
     merged = model(x)
     for lora in loras.values(): lora.unmerge()
-    check("merged == unmerged; B A has rank r", [merged, model(x), *ranks], [y, y, 3, 3], 1e-9)
+    check("merged == unmerged", [merged, model(x)], [y, y], 1e-9)
     remove_lora(model, loras)
     check("unmerged and removed: the base, bit for bit", [model(x)], [base(x)], 0)
-    with torch.device("meta"): true = diffusers.UNet2DConditionModel(64, cross_attention_dim=768)
-    loras = inject_lora(true, ATTENTION, 4, 4)
-    size = sum(w.numel() for w in true.parameters() if w.requires_grad)
-    check("SD v1.5, attention: 128 layers, r x 199,296 numbers", [len(loras), size], [128, 4 * 199_296], 0)
 # ------------------------------------------------------------------------------------------------------- Data
 COLORS = dict(red=(0.85, 0.1, 0.1), green=(0.1, 0.6, 0.2), blue=(0.15, 0.3, 0.9), yellow=(0.95, 0.8, 0.1),
               purple=(0.55, 0.15, 0.7), pink=(0.95, 0.55, 0.75))
@@ -173,17 +170,29 @@ def describe(color, shape, dice):
     return "" if dice.random() < 0.1 else " ".join(word for word in words if dice.random() > 0.07)
 def drawings(style, count, dice):
     """Pairs that may be seen, in one style, anywhere.   -> pictures (count, 3, 32, 32), captions"""
-    pairs = PAIRS[SEEN][torch.randint(18, (count,))]
-    labels = torch.cat([pairs, torch.full((count, 1), STYLES.index(style))], 1)
-    return paint(labels, torch.rand(count, 3)), [describe(*pair, dice) for pair in pairs.tolist()]
+    labels = nn.functional.pad(PAIRS[SEEN][torch.randint(18, (count,))], (0, 1), value=STYLES.index(style))
+    return paint(labels, torch.rand(count, 3)), [describe(*pair, dice) for pair in labels[:, :2].tolist()]
+def read_pictures(sd, root, caption):
+    """The middle square of each picture in a folder, in the size that sd draws, and what is said of it.
+    -> [((3, H, H) in [-1, 1], caption)], each ten times, once with no caption, as in describe"""
+    album, side = [], sd.unet.config.sample_size * (sd.vae_scale_factor if sd.vae else 4)
+    on_white = lambda x: Image.alpha_composite(Image.new("RGBA", x.size, "white"), x.convert("RGBA"))
+    for file in sorted(f for f in Path(root).glob("[!.]*") if re.search(r"(?i)\.(png|jpe?g|webp)$", f.name)):
+        try:
+            picture, text = diffusers.utils.load_image(str(file), on_white), file.with_suffix(".txt")
+            picture = sd.image_processor.preprocess(picture, side, side, "crop")[0]
+            said = text.read_text("utf-8-sig").strip() if text.exists() else caption
+            album += [(picture, said)] * 9 + [(picture, "")]
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+            require(False, f"--images {file}: {' '.join(str(error).split())[:200]}")
+    return album or require(False, f"--images {root}: no such folder, or no png, jpg, jpeg or webp in it")
 def judge(pictures):
     """Colour, shape and style of the nearest of 9,000 drawings, pixel by pixel.   (N, 3, H, W) -> (N, 3)"""
     n, grid = torch.tensor([4, 4, 2]), torch.cartesian_prod(*map(torch.arange, (6, 4, len(STYLES), 5, 5, 3)))
     drawn = torch.cat([paint(g[:, :3], g[:, 3:] / n) for g in grid.split(250)]).flatten(1)   # parts: faster
     x, size = nn.functional.interpolate(pictures, 32, mode="area").flatten(1), drawn.square().sum(1)
     return grid[torch.cat([(size - 2 * part @ drawn.T).argmin(1) for part in x.split(256)]), :3]
-# ----------------------------------------------------------------------------------- Stable Diffusion's parts
-# sd: a StableDiffusionPipeline of diffusers, true or small, as a box of parts (Rombach et al. 2022).
+# ------------------------- Stable Diffusion (Rombach et al. 2022), true or small: sd, a pipeline of diffusers
 def small_model():
     """0.9 M numbers, untrained; a tokenizer whose words are those of the captions; no VAE."""
     words = transformers.CLIPTokenizer({"<|startoftext|>": 0, "<|endoftext|>": 1}, [], model_max_length=12)
@@ -225,10 +234,6 @@ def save_base(sd, folder):
             Path(part, "new").replace(base)
     except (OSError, safetensors.SafetensorError) as error:
         require(False, f"--out {folder}: cannot write base ({' '.join(str(error).split())[:200]})")
-def embed(sd, captions):
-    """N captions, filled up to T tokens  -> (N, T, D)"""
-    tokens = sd.tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt").input_ids
-    return sd.text_encoder(tokens.to(sd.unet.device)).last_hidden_state
 @torch.no_grad()
 def encode(sd, x):
     """Pictures (N, 3, H, W) -> latents. Without a VAE, 4 x 4 pixels of 3 colours are 48 channels of one."""
@@ -236,18 +241,19 @@ def encode(sd, x):
     x = nn.functional.interpolate(x.to(sd.unet.device), sd.unet.config.sample_size * sd.vae_scale_factor)
     return sd.vae.encode(x).latent_dist.mean * sd.vae.config.scaling_factor
 # --------------------------------------------------------------------------------------------------- Training
-def train(sd, weights, style, steps, lr, cfg):
-    """Least squares on what is asked of noisy latents of drawings in one style.   -> seconds"""
+def train(sd, weights, style, steps, lr, cfg, album=()):
+    """Least squares on what is asked of noisy latents, of drawings in one style or an album.   -> seconds"""
     optimizer, noise = torch.optim.AdamW(weights, lr, (0.9, 0.99), weight_decay=0.01), sd.scheduler
     kind, dice, started = noise.config.prediction_type, random.Random(cfg.seed), time.perf_counter()
     for step in range(1, steps + 1):  # the learning rate rises for 5 % of the steps, then falls like a cosine
         now = step / steps
         optimizer.param_groups[0]["lr"] = lr * min(20 * now, 0.5 + 0.5 * math.cos(math.pi * now))
-        pictures, captions = drawings(style, cfg.batch, dice)
-        x0, t = encode(sd, pictures), torch.randint(noise.config.num_train_timesteps, (len(pictures),))
+        x, captions = zip(*dice.choices(album, k=cfg.batch)) if album else drawings(style, cfg.batch, dice)
+        x0, t = encode(sd, torch.stack([*x])), torch.randint(noise.config.num_train_timesteps, (len(x),))
         sigma, eps = (1 - noise.alphas_cumprod[t]).sqrt().to(x0), torch.randn(x0.shape).to(x0)
         with torch.autocast(x0.device.type, torch.bfloat16, x0.device.type == "cuda"):
-            guess = sd.unet(noise.add_noise(x0, eps, t), t.to(x0.device), embed(sd, captions)).sample.float()
+            text = sd.encode_prompt([*captions], x0.device, 1, False)[0]
+            guess = sd.unet(noise.add_noise(x0, eps, t), t.to(x0.device), text).sample.float()
         goal = {"sample": x0, "epsilon": eps}.get(kind, noise.get_velocity(x0, eps, t))
         error = (guess - goal).square().mean((1, 2, 3))
         # where there is little noise a picture is easily guessed: there, small errors have to count
@@ -258,30 +264,22 @@ def train(sd, weights, style, steps, lr, cfg):
             left = f"{(time.perf_counter() - started) * (1 / now - 1):.0f} s left"
             print(f"{style:9} step {step:5d}/{steps} | loss {loss.item():.4f} | {left}")
     return time.perf_counter() - started
-@torch.no_grad()
 def sample(sd, captions, cfg):
-    """DDIM (Song et al. 2021) with guidance (Ho & Salimans 2022), free + 4 (given - free). -> (N, 3, H, W)"""
-    config, device, drawn = sd.unet.config, sd.unet.device, []
-    start = torch.randn(len(captions), config.in_channels, *[config.sample_size] * 2,
-                        generator=torch.Generator().manual_seed(cfg.seed))
-    sd.scheduler.set_timesteps(cfg.calls)
-    for i in range(0, len(captions), 60):
-        part, z = captions[i : i + 60], start[i : i + 60].to(device)
-        text = embed(sd, part + [""] * len(part))
-        for t in sd.scheduler.timesteps:
-            given, free = sd.unet(torch.cat([z, z]), t, text).sample.chunk(2)
-            z = sd.scheduler.step(free + 4 * (given - free), t, z).prev_sample
-        z = sd.vae.decode(z / sd.vae.config.scaling_factor).sample if sd.vae else torch.pixel_shuffle(z, 4)
-        drawn.append(z.clamp(-1, 1).cpu())
-    return torch.cat(drawn)
+    """The pipeline's own loop: DDIM (Song et al. 2021), guided (Ho & Salimans 2022).   -> (N, 3, H, W)"""
+    config, dice = sd.unet.config, torch.Generator().manual_seed(cfg.seed)
+    start = torch.randn(len(captions), config.in_channels, *[config.sample_size] * 2, generator=dice)
+    x = torch.cat([sd(captions[60 * i : 60 * i + 60], num_inference_steps=cfg.calls, guidance_scale=4.0,
+                      latents=z.to(sd.device), output_type="pt" if sd.vae else "latent").images.cpu()
+                   for i, z in enumerate(start.split(60))])
+    return 2 * x - 1 if sd.vae else torch.pixel_shuffle(x, 4).clamp(-1, 1)
 def evaluate(sd, style, cfg, name):
-    """Draw each pair --draws times, and let the judge look.   -> the shares that are right, the pictures"""
+    """Draw each pair --draws times, and let a judge look that knows our styles only.   -> rates, pictures"""
     pairs, known = PAIRS.repeat(cfg.draws, 1), SEEN.repeat(cfg.draws)
     pictures = sample(sd, [f"a {[*COLORS][color]} {SHAPES[shape]}" for color, shape in pairs.tolist()], cfg)
-    right = judge(pictures) == torch.cat([pairs, torch.full((len(pairs), 1), STYLES.index(style))], 1)
+    right = judge(pictures) == nn.functional.pad(pairs, (0, 1), value=[*STYLES, style].index(style))
     rates = {key: rows.float().mean().item() for key, rows in dict(
         style=right[:, 2], color=right[:, 0], shape=right[:, 1], content=right[:, :2].all(1),
-        seen_shape=right[known, 1], new_shape=right[~known, 1]).items()}
+        seen_shape=right[known, 1], new_shape=right[~known, 1]).items() if key != "style" or not cfg.images}
     print(f"{name:14}" + "".join(f" | {key} {rate:6.1%}" for key, rate in rates.items()))
     return rates, pictures
 # --------------------------------------------------------------------------------------------------- Pictures
@@ -291,14 +289,13 @@ def draw(title, table, shown):
     pen, small = ImageDraw.Draw(page), ImageFont.load_default(14)
     pen.text((20, 14), f"Each LoRA by strength. {title}", "black", ImageFont.load_default(18))
     for i, (row, rates) in enumerate(table.items()):
-        text = row + "".join(f"\n{key} {rates[key]:.0%}" for key in ("style", "color", "shape"))
+        text = row[-24:] + "".join(f"\n{key} {rates[key]:.0%}" for key in rates if key in "style color shape")
         pen.multiline_text((20, 148 + 100 * i), text, "black", small, "lm", spacing=6)
+        tiles = diffusers.image_processor.VaeImageProcessor().postprocess(shown[row])           # of PIL
         for j, n in enumerate([0, 6, 10, 1, 15, 16, 21, 14]):    # of each colour and shape, some never seen
             text = f"{[*COLORS][PAIRS[n, 0]]}\n{SHAPES[PAIRS[n, 1]]}{'' if SEEN[n] else ' *'}"
             if i == 0: pen.multiline_text((240 + 100 * j, 74), text, "black", small, "mm", align="center")
-            data = (127.5 * shown[row][n] + 127.5).round().byte().permute(1, 2, 0).contiguous().numpy()
-            tile = Image.frombytes("RGB", data.shape[1::-1], data.tobytes()).resize((96, 96), Image.NEAREST)
-            page.paste(tile, (192 + 100 * j, 100 + 100 * i))
+            page.paste(tiles[n].resize((96, 96), Image.NEAREST), (192 + 100 * j, 100 + 100 * i))
     return page
 # ---------------------------------------------------------------- Plumbing, the same wherever a week needs it
 def require(ok, message):
@@ -359,36 +356,39 @@ def main(cfg):
     for flag, low in LEAST.items():
         value, high = getattr(cfg, flag), 2**63 - 1 if flag == "seed" else 10**6 if "steps" in flag else 1000
         require(low <= value <= high, f"--{flag.replace('_', '-')} {value}: must be {low} to {high}")
+    require(cfg.images or not cfg.caption, f"--caption {cfg.caption}: of what? It needs --images")
     device = pick_device(cfg.device)
     save(cfg.out, ".started", Path.touch)            # an --out that cannot be written shows now, not later
     for x in transformers, diffusers.utils: x.logging.set_verbosity_error(); x.logging.disable_progress_bar()
-    run_checks(); torch.manual_seed(cfg.seed); table, shown, seconds = {}, {}, {"base": 0.0}
+    run_checks(); torch.manual_seed(cfg.seed); table, shown, seconds, base_seconds = {}, {}, {}, 0.0
     sd = (load(cfg.model, cfg.tiny) if cfg.model != "random" else small_model()).to(device)
-    print(f"week 9 | {device}, float32 | torch {torch.__version__} | data: drawn here | weights: {cfg.model}")
+    album = read_pictures(sd, cfg.images, cfg.caption) if cfg.images else ()
+    data = f"{len(album) // 10} pictures in {cfg.images}" if album else "drawn here"
+    print(f"week 9 | {device}, float32 | torch {torch.__version__} | data: {data} | weights: {cfg.model}")
     if cfg.model == "random":
         learn = [*sd.unet.parameters(), *sd.text_encoder.parameters()]
-        seconds["base"] = train(sd, learn, "plain", cfg.base_steps, 2e-3, cfg)
+        base_seconds = train(sd, learn, "plain", cfg.base_steps, 2e-3, cfg)
         save_base(sd, cfg.out)
-    sd.to(device).text_encoder.requires_grad_(False)
+    sd.to(device).text_encoder.requires_grad_(False); sd.set_progress_bar_config(disable=True)
     total = sum(w.numel() for w in sd.unet.parameters())
     if total > 1e8: sd.unet.train().enable_gradient_checkpointing()      # a third more time, much less memory
     table["base"], shown["base"] = evaluate(sd, "plain", cfg, "base")
-    for style in STYLES[1:]:
+    for style in [Path(cfg.images).resolve().name] if album else STYLES[1:]:
         loras = inject_lora(sd.unet, EVERYTHING if cfg.ablate == "none" else ATTENTION, cfg.rank, cfg.alpha)
         learn = [w for w in sd.unet.parameters() if w.requires_grad]
-        seconds[style] = train(sd, learn, style, cfg.steps, cfg.lr, cfg)
+        seconds[style] = train(sd, learn, style, cfg.steps, cfg.lr, cfg, album)
         save_lora(cfg.out, f"{style}.safetensors", loras); remove_lora(sd.unet, loras)
         loras = load_lora(Path(cfg.out, f"{style}.safetensors"), sd.unet)         # what is judged is the file
         for scale in (1,) if cfg.tiny else (0.5, 1, 1.5):
             set_scale(loras, scale)
             row = f"{style} x {scale}"; table[row], shown[row] = evaluate(sd, style, cfg, row)
         remove_lora(sd.unet, loras)
-    count, base_seconds = sum(w.numel() for w in learn), seconds.pop("base")
+    count, n = sum(w.numel() for w in learn), len(seconds)
     save(cfg.out, "lora.png", draw(f"Rank {cfg.rank}: {count:,} parameters; * never seen", table, shown).save)
-    result = {f"{key}_rate": sum(table[f"{k} x 1"][key] for k in seconds) / 4 for key in table["base"]}
+    result = {f"{key}_rate": sum(table[f"{k} x 1"][key] for k in seconds) / n for key in table["base"]}
     result |= {f"base_{key}_rate": table["base"][key] for key in ("shape", "content")}
     result |= dict(trained_parameters=count, trained_fraction=count / total, base_seconds=base_seconds,
-                   train_seconds=sum(seconds.values()) / 4)
+                   train_seconds=sum(seconds.values()) / n)
     return finish(cfg, device, result, table=table, style_seconds=seconds, weights=cfg.model)
 if __name__ == "__main__":
     sys.stdout.reconfigure(line_buffering=True)

@@ -271,7 +271,7 @@ def evaluate(sd, router, wardrobe, cfg):
     dice, names, table = random.Random(cfg.seed), [*wardrobe.adapters], {}
     rows = [(text, style, [*pair, STYLES.index(style or "plain")]) for style, told in UNSEEN.items()
             if style in ("", *names) for text, pair in fill(told).items()]
-    texts, styles, labels = zip(*dice.sample(rows, 10 if cfg.tiny else 200))
+    texts, styles, labels = zip(*dice.sample(rows, min(len(rows), 10 if cfg.tiny else 200)))
     ways = dict(base=[("", 1.0)] * len(texts), oracle=[(style, 1.0) for style in styles],
                 keyword=[(next((k for k in names if k in text), ""), 1.0) for text in texts],
                 random=[(dice.choice(["", *names]), 1.0) for _ in texts], router=router(texts, cfg.threshold))

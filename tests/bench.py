@@ -688,6 +688,7 @@ def week09(folder):
     torch.manual_seed(cfg.seed)
     with contextlib.redirect_stdout(io.StringIO()):
         sd = week.small_model()
+        sd.set_progress_bar_config(disable=True)
         learn = [w for part in (sd.unet, sd.text_encoder) for w in part.parameters() if w.requires_grad]
         week.train(sd, learn, "plain", cfg.base_steps, 2e-3, cfg)
         sd.text_encoder.requires_grad_(False)

@@ -264,7 +264,7 @@ def test_mistakes_get_one_line_and_exit_code_2(script, tmp_path, monkeypatch, re
             mistakes += [(flag, "-1"), (flag, "many")] + [(flag, "nan")] * (field.type is float)
         elif getattr(field.type, "__args__", None):
             mistakes += [(flag, "nonsense")]
-        elif field.name in ("data", "model"):
+        elif field.name in ("data", "model", "images"):
             mistakes += [(flag, "no/such/folder")]
     for flags in mistakes:
         refused(call, mod, "--tiny", *flags, names=flags[:1] + flags[1:2])

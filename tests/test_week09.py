@@ -335,7 +335,7 @@ def test_words_are_whole_and_order_is_free(small):
     words = [word for word, _ in sorted(small.tokenizer.get_vocab().items(), key=lambda pair: pair[1])]
     assert words[:2] == ["<|startoftext|>", "<|endoftext|>"] and words[2:] == sorted(words[2:]), "the same on each run"
     assert ids[0] == 0 and ids[-1] == 1 == small.text_encoder.config.eos_token_id
-    a, b = week.embed(small, ["a red circle", "a blue circle"])
+    a, b = small.encode_prompt(["a red circle", "a blue circle"], "cpu", 1, False)[0]
     assert a.shape == (12, 64) and not torch.allclose(a[2], b[2])
     assert (
         small.text_encoder.get_parameter(
@@ -358,7 +358,7 @@ def test_sampling_is_ddim_with_guidance(small):
     pictures = week.sample(small, said, cfg)
     assert pictures.shape == (2, 3, 32, 32) and pictures.abs().max() <= 1
     z, bars = torch.randn(2, 48, 8, 8, generator=torch.Generator().manual_seed(4)), small.scheduler.alphas_cumprod
-    given, free = week.embed(small, said), week.embed(small, ["", ""])
+    given, free = (small.encode_prompt(texts, "cpu", 1, False)[0] for texts in (said, ["", ""]))
     times = [999, 666, 332]
     with torch.no_grad():
         for t, after in zip(times, [*times[1:], None]):
@@ -386,7 +386,7 @@ def test_a_style_is_learned_and_the_rest_stays_bit_identical(small):
         z, t = week.encode(sd, pictures), torch.full((24,), 900)
         with torch.no_grad():
             noisy = sd.scheduler.add_noise(z, torch.randn(z.shape), t)
-            return (sd.unet(noisy, t, week.embed(sd, captions)).sample - z).square().mean().item()
+            return (sd.unet(noisy, t, sd.encode_prompt(captions, "cpu", 1, False)[0]).sample - z).square().mean().item()
 
     first = loss()
     week.train(sd, learn, "framed", 12, 5e-3, week.Config(batch=8))
@@ -409,8 +409,8 @@ def test_the_loss_asks_for_what_the_scheduler_says(kind, small, monkeypatch, cap
 
     weights = [nn.Parameter(torch.ones(2))]
     unet.device = torch.device("cpu")
-    parts = type("Parts", (), dict(unet=staticmethod(unet), scheduler=sd.scheduler, vae=None, tokenizer=sd.tokenizer,
-                                   text_encoder=sd.text_encoder))  # fmt: skip
+    parts = type("Parts", (), dict(unet=staticmethod(unet), scheduler=sd.scheduler, vae=None,
+                                   encode_prompt=staticmethod(sd.encode_prompt)))  # fmt: skip
     kept = {}
     monkeypatch.setattr(week, "encode", lambda sd, x: kept.setdefault("clean", F.pixel_unshuffle(x, 4)))
     week.train(parts, weights, "plain", 1, 1e-9, week.Config(batch=6))
@@ -457,7 +457,7 @@ def test_a_run_and_what_it_leaves(run):
 def test_the_saved_base_is_a_pipeline_of_diffusers(run):
     sd = diffusers.StableDiffusionPipeline.from_pretrained(run[0] / "base", vae=None, low_cpu_mem_usage=False)
     assert sd.vae is None and sd.unet.config.in_channels == 48
-    assert week.embed(sd, ["a red circle", "cross"]).shape == (2, 12, 64)
+    assert sd.encode_prompt(["a red circle", "cross"], "cpu", 1, False)[0].shape == (2, 12, 64)
     assert sd.tokenizer.get_vocab() == week.small_model().tokenizer.get_vocab()
     loras = week.load_lora(run[0] / "striped.safetensors", sd.unet)
     assert set(loras) == set(week.inject_lora(week.small_model().unet, week.EVERYTHING, 1, 1.0))
@@ -496,7 +496,7 @@ def test_the_true_classes_from_a_folder(tmp_path, refused):
     assert torch.equal(sd.scheduler.alphas_cumprod, pipe.scheduler.alphas_cumprod)
     assert week.sample(sd, ["a red circle"], week.Config(calls=2)).shape == (1, 3, 16, 16)
     latents = []
-    decode, sd.vae.decode = sd.vae.decode, lambda z: latents.append(z) or decode(z)
+    decode, sd.vae.decode = sd.vae.decode, lambda z, **kw: latents.append(z) or decode(z, **kw)
     for scaling in (0.25, 0.5):
         sd.vae.register_to_config(scaling_factor=scaling)
         week.sample(sd, ["a red circle"], week.Config(calls=2))
@@ -583,3 +583,134 @@ def test_a_vocabulary_of_another_size_is_refused(tmp_path, refused):
     words.add_tokens(["zebra"])
     words.save_pretrained(tmp_path / "sd" / "tokenizer")
     refused(week.load, str(tmp_path / "sd"), True, names=["--model", "unfit parts"])
+
+
+# --------------------------------------------------------------------------------------------- your own pictures
+
+
+def picture(path, pixels, **how):
+    """Write pixels (H, W, 3 or 4) as a picture."""
+    path.parent.mkdir(exist_ok=True)
+    Image.fromarray(pixels.byte().numpy()).save(path, **how)
+    return pixels
+
+
+def test_pictures_of_a_folder_and_what_is_said_of_them(small, tmp_path):
+    folder, junk = tmp_path / "mine", torch.zeros(32, 16, 3)
+    middle = torch.randint(256, (32, 32, 3))
+    wide = picture(folder / "a.png", torch.cat([junk, middle, junk], 1))
+    picture(folder / "b.WebP", wide.transpose(0, 1), lossless=True)
+    picture(folder / "c.JPEG", torch.full((90, 130, 3), 100.0))
+    turned = Image.Exif()
+    turned[0x0112] = 6  # lies on its side, as cameras write
+    picture(folder / "d.jpg", torch.cat([torch.zeros(32, 16, 3), torch.full((32, 16, 3), 255)], 1), exif=turned)
+    picture(folder / "e.png", torch.tensor([9, 9, 9, 0]).expand(50, 50, 4))
+    Image.new("L", (33, 40), 51).save(folder / "f.png")
+    for name in ("._a.png", "notes.md", "g.gif", "h.png.bak"):
+        (folder / name).write_text("no picture")
+    (folder / "b.txt").write_text("\ufeffein roter Kreis, é\n", "utf-8")
+    (folder / "c.txt").write_text("")
+    album = week.read_pictures(small, folder, "in the style of X")
+    said = ["in the style of X", "ein roter Kreis, é", "", *["in the style of X"] * 3]
+    assert [text for _, text in album] == [text for told in said for text in [told] * 9 + [""]]
+    a, b, c, d, e, f = (x for x, _ in album[::10])
+    assert all(torch.equal(album[k][0], album[k - k % 10][0]) for k in range(60))
+    goal = (middle / 127.5 - 1).permute(2, 0, 1)
+    assert torch.allclose(a, goal, atol=1e-6), "the middle of it, every pixel as it was"
+    assert torch.allclose(b, goal.transpose(1, 2), atol=1e-6)
+    assert c.shape == (3, 32, 32) and torch.allclose(c, torch.tensor(100 / 127.5 - 1), atol=0.02)
+    assert d[:, :12].max() < -0.8 and d[:, 20:].min() > 0.8, "upright"
+    assert torch.equal(e, torch.ones(3, 32, 32)), "what is clear is white"
+    assert f.shape == (3, 32, 32) and torch.allclose(f, torch.tensor(51 / 127.5 - 1), atol=1e-6)
+
+
+def test_pictures_get_the_size_that_the_model_draws(tmp_path):
+    picture(tmp_path / "mine" / "a.png", torch.arange(256).view(16, 16, 1).expand(16, 16, 3))
+    sd = tiny_sd(tmp_path / "sd")
+    ((x, _), *_) = week.read_pictures(sd, tmp_path / "mine", "")
+    assert torch.allclose(x[0], torch.arange(256).view(16, 16) / 127.5 - 1, atol=1e-6)
+    assert torch.equal(week.encode(sd, x[None]), sd.vae.encode(x[None]).latent_dist.mean * 0.18215)
+
+
+def test_a_batch_is_of_the_pictures_with_their_captions(small, monkeypatch):
+    album = [(torch.full((3, 32, 32), k / 3), text) for k, text in enumerate(["red", "green", "blue"])]
+    sd, seen, said = copy.deepcopy(small), [], []
+    encode, prompt = week.encode, sd.encode_prompt
+    monkeypatch.setattr(week, "encode", lambda sd, x: seen.extend(x) or encode(sd, x))
+    sd.encode_prompt = lambda texts, *rest: said.extend(texts) or prompt(texts, *rest)
+    week.train(sd, [*sd.unet.parameters()], "mine", 2, 1e-6, week.Config(batch=30), album)
+    assert len(seen) == 60 and all(any(torch.equal(x, y) and text == told for y, told in album)
+                                   for x, text in zip(seen, said, strict=True))  # fmt: skip
+    assert {*said} == {"red", "green", "blue"} and said[:30] != said[30:]
+
+
+def test_a_folder_s_style_is_learned(small, tmp_path):
+    import random
+
+    x, captions = week.drawings("shaded", 24, random.Random(2))
+    for k, told in enumerate(captions):
+        picture(tmp_path / "mine" / f"{k}.png", (127.5 * x[k] + 127.5).round().permute(1, 2, 0))
+        (tmp_path / "mine" / f"{k}.txt").write_text(told)
+    sd, album = copy.deepcopy(small), week.read_pictures(small, tmp_path / "mine", "")
+    shown = {tuple(picture[:, ::9, ::9].flatten().tolist()): text for picture, text in album if text}
+    assert {*shown.values()} == {text for text in captions if text}
+    loras = week.inject_lora(sd.unet, week.EVERYTHING, 2, 2.0)
+
+    def loss():
+        """On other drawings of the style than those in the folder."""
+        torch.manual_seed(9)
+        pictures, texts = week.drawings("shaded", 24, random.Random(3))
+        z, t = week.encode(sd, pictures), torch.full((24,), 900)
+        with torch.no_grad():
+            noisy = sd.scheduler.add_noise(z, torch.randn(z.shape), t)
+            return (sd.unet(noisy, t, sd.encode_prompt(texts, "cpu", 1, False)[0]).sample - z).square().mean().item()
+
+    first, learn = loss(), [w for lora in loras.values() for w in (lora.lora_A.weight, lora.lora_B.weight)]
+    week.train(sd, learn, "mine", 12, 5e-3, week.Config(batch=8), album)
+    assert loss() < 0.9 * first
+
+
+@pytest.mark.parametrize("true", [False, True], ids=["small", "true classes"])
+def test_a_lora_of_a_folder(run, true, tmp_path, capsys):
+    import week12_lora_router as week12
+
+    for k in range(3):
+        picture(tmp_path / "monet" / f"{k}.png", torch.randint(256, (40, 50, 3)))
+    model = tmp_path / "sd" if true else run[0] / "base"
+    sd = tiny_sd(model) if true else week.load(str(model), True)
+    result = call(week, "--tiny", "--model", model, "--images", tmp_path / "monet", "--caption", "a picture in red",
+                  "--out", tmp_path / "out")  # fmt: skip
+    assert "data: 3 pictures in" in capsys.readouterr().out
+    assert [path.name for path in (tmp_path / "out").glob("*.safetensors")] == ["monet.safetensors"]
+    parts, wanted = week12.read_adapter(tmp_path / "out" / "monet.safetensors", sd.unet)
+    assert wanted == ["monet"] and {*parts} == {*week.inject_lora(copy.deepcopy(sd.unet), week.EVERYTHING, 1, 1.0)}
+    assert any(B.any() for _, B in parts.values()), "it learned something"
+    metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert [*metrics["table"]] == ["base", "monet x 1"] and [*metrics["style_seconds"]] == ["monet"]
+    assert not [key for key in [*result, *metrics["table"]["base"], *metrics["table"]["monet x 1"]] if "style" in key]
+    assert result["color_rate"] == metrics["table"]["monet x 1"]["color"]
+    assert result["train_seconds"] == metrics["style_seconds"]["monet"]
+    with Image.open(tmp_path / "out" / "lora.png") as page:
+        assert page.size == (1000, 110 + 100 * 2)
+
+
+def test_mistakes_with_your_own_pictures(tmp_path, refused):
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    refused(call, week, "--tiny", "--images", tmp_path / "none", names=[f"--images {tmp_path / 'none'}"])
+    (mine / "notes.txt").write_text("no picture")
+    refused(call, week, "--tiny", "--images", mine, names=[f"--images {mine}", "no png"])
+    refused(call, week, "--tiny", "--images", mine / "notes.txt", names=[f"--images {mine / 'notes.txt'}"])
+    refused(call, week, "--tiny", "--caption", "by X", names=["--caption by X", "--images"])
+    picture(mine / "a.png", torch.randint(256, (40, 40, 3)))
+    picture(mine / "b.jpg", torch.randint(256, (40, 40, 3)))
+    whole = (mine / "b.jpg").read_bytes()
+    for junk in (b"", b"\n\n", whole[: len(whole) // 2], b"<html>" * 99):
+        (mine / "b.jpg").write_bytes(junk)
+        refused(call, week, "--tiny", "--images", mine, names=[f"--images {mine / 'b.jpg'}"])
+    (mine / "b.jpg").write_bytes(whole)
+    (mine / "b.txt").write_bytes(b"a caf\xe9")
+    refused(call, week, "--tiny", "--images", mine, names=[f"--images {mine / 'b.jpg'}", "utf-8"])
+    (mine / "b.txt").unlink()
+    Image.new("1", (20000, 20000)).save(mine / "huge.png")
+    refused(call, week, "--tiny", "--images", mine, names=[f"--images {mine / 'huge.png'}"])

@@ -506,6 +506,20 @@ def test_somebody_else_s_folder(made, tmp_path, capsys):
     assert '"framed"' in capsys.readouterr().out and not (tmp_path / "x" / "base").exists()
 
 
+def test_a_folder_of_unknown_styles_is_judged_on_what_wants_none(served, monkeypatch):
+    sd, closet, _ = served
+    asked = []
+
+    def answer(sd, wardrobe, texts, choices, cfg):
+        asked.extend(texts)
+        return torch.zeros(len(texts), 3, 32, 32), {}
+
+    monkeypatch.setattr(week, "answer", answer)
+    table, log = week.evaluate(sd, lambda texts, threshold: [("", 0.0)] * len(texts), closet, week.Config())
+    assert {*asked} == {*week.fill(week.UNSEEN[""])} and len(log) == len({*asked}) == 120
+    assert table["router"]["route"] == 1
+
+
 @pytest.mark.parametrize(
     "flags",
     [
