@@ -495,11 +495,12 @@ def test_the_true_classes_from_a_folder(tmp_path, refused):
     assert sd.scheduler.config.prediction_type == "epsilon"
     assert torch.equal(sd.scheduler.alphas_cumprod, pipe.scheduler.alphas_cumprod)
     assert week.sample(sd, ["a red circle"], week.Config(calls=2)).shape == (1, 3, 16, 16)
-    latents = []
-    decode, sd.vae.decode = sd.vae.decode, lambda z, **kw: latents.append(z) or decode(z, **kw)
+    latents, pictures, decode = [], [], sd.vae.decode
+    sd.vae.decode = lambda z, **kw: latents.append(z) or pictures.append(decode(z).sample) or (pictures[-1],)
     for scaling in (0.25, 0.5):
         sd.vae.register_to_config(scaling_factor=scaling)
-        week.sample(sd, ["a red circle"], week.Config(calls=2))
+        drawn = week.sample(sd, ["a red circle"], week.Config(calls=2))
+        assert torch.allclose(drawn, pictures[-1].clamp(-1, 1), atol=1e-6)
     assert torch.equal(latents[0], 2 * latents[1]), "the decoder gets z / scaling_factor"
     for part in ("unet/diffusion_pytorch_model.safetensors", "unet/config.json", "text_encoder/config.json",
                  "tokenizer/tokenizer.json", "model_index.json"):  # fmt: skip
