@@ -553,15 +553,18 @@ def test_a_base_is_written_whole_or_not_at_all(error, tmp_path, refused):
     assert not (tmp_path / "base" / "mine").exists(), "a new base takes the place of the old one"
 
 
-def test_seen_and_new_pairs_are_not_mixed_up(monkeypatch):
+def test_seen_and_new_pairs_are_not_mixed_up(small, monkeypatch):
     """A sampler that draws the pairs of the training well and gets the shape of the others wrong."""
     shape = torch.where(week.SEEN, week.PAIRS[:, 1], (week.PAIRS[:, 1] + 1) % 4)
     said = torch.stack([week.PAIRS[:, 0], shape, torch.full((24,), 2)], 1)
-    monkeypatch.setattr(week, "sample", lambda sd, captions, cfg: torch.zeros(len(captions), 3, 32, 32))
+    drawn = torch.randint(256, (72, 3, 32, 32)) / 127.5 - 1
+    monkeypatch.setattr(week, "sample", lambda sd, captions, cfg: drawn)
     monkeypatch.setattr(week, "judge", lambda pictures: said.repeat(len(pictures) // 24, 1))
-    rates = week.evaluate(None, week.STYLES[2], week.Config(draws=3), "")[0]
+    rates, tiles = week.evaluate(small, week.STYLES[2], week.Config(draws=3), "")
     assert (rates["seen_shape"], rates["new_shape"], rates["shape"]) == (1, 0, 0.75)
     assert (rates["style"], rates["color"], rates["content"]) == (1, 1, 0.75)
+    assert [tile.size for tile in tiles] == [(32, 32)] * 72
+    assert tiles[71].getpixel((3, 5)) == tuple((127.5 * drawn[71, :, 5, 3] + 127.5).round().int().tolist())
 
 
 def test_each_lora_is_judged_at_three_scales(tmp_path, monkeypatch):
@@ -570,7 +573,7 @@ def test_each_lora_is_judged_at_three_scales(tmp_path, monkeypatch):
     def look(sd, style, cfg, name):
         scales = {m.scale for m in sd.unet.modules() if isinstance(m, week.LoRALayer)}
         judged.append((name, *scales))
-        return rates, torch.zeros(24, 3, 32, 32)
+        return rates, [Image.new("RGB", (32, 32))] * 24
 
     monkeypatch.setattr(week, "evaluate", look)
     monkeypatch.setattr(week, "run_checks", lambda: None)
