@@ -133,10 +133,11 @@ def run_checks():
     A, B, h = loras["2"].lora_A.weight, loras["2"].lora_B.weight, model[1](model[0](x)).flatten(0, 1).detach()
     g = 6 / 3 * torch.ones(len(h), 11).double()                       # alpha / r times gradient of y.sum()
     check("gradients of A and B by hand", [A.grad, B.grad], [B.T @ g.T @ h, g.T @ h @ A.T], 1e-9)
+    ranks = [torch.linalg.matrix_rank(lora.delta().flatten(1)) for lora in loras.values()]
     for lora in loras.values(): lora.merge()
     merged = model(x)
     for lora in loras.values(): lora.unmerge()
-    check("merged == unmerged", [merged, model(x)], [y, y], 1e-9)
+    check("merged == unmerged; B A has rank r", [merged, model(x), *ranks], [y, y, 3, 3], 1e-9)
     remove_lora(model, loras)
     check("unmerged and removed: the base, bit for bit", [model(x)], [base(x)], 0)
 # ------------------------------------------------------------------------------------------------------- Data
@@ -273,7 +274,7 @@ def sample(sd, captions, cfg):
                    for i, z in enumerate(start.split(60))])
     return 2 * x - 1 if sd.vae else torch.pixel_shuffle(x, 4).clamp(-1, 1)
 def evaluate(sd, style, cfg, name):
-    """Draw each pair --draws times, and let a judge look that knows our styles only.   -> rates, pictures"""
+    """Draw each pair --draws times, for a judge that knows our styles only.   -> rates, pictures of PIL"""
     pairs, known = PAIRS.repeat(cfg.draws, 1), SEEN.repeat(cfg.draws)
     pictures = sample(sd, [f"a {[*COLORS][color]} {SHAPES[shape]}" for color, shape in pairs.tolist()], cfg)
     right = judge(pictures) == nn.functional.pad(pairs, (0, 1), value=[*STYLES, style].index(style))
@@ -281,7 +282,7 @@ def evaluate(sd, style, cfg, name):
         style=right[:, 2], color=right[:, 0], shape=right[:, 1], content=right[:, :2].all(1),
         seen_shape=right[known, 1], new_shape=right[~known, 1]).items() if key != "style" or not cfg.images}
     print(f"{name:14}" + "".join(f" | {key} {rate:6.1%}" for key, rate in rates.items()))
-    return rates, pictures
+    return rates, sd.image_processor.postprocess(pictures)
 # --------------------------------------------------------------------------------------------------- Pictures
 def draw(title, table, shown):
     """Eight prompts (columns) without and with each LoRA at each scale (rows), and what the judge says."""
@@ -291,11 +292,10 @@ def draw(title, table, shown):
     for i, (row, rates) in enumerate(table.items()):
         text = row[-24:] + "".join(f"\n{key} {rates[key]:.0%}" for key in rates if key in "style color shape")
         pen.multiline_text((20, 148 + 100 * i), text, "black", small, "lm", spacing=6)
-        tiles = diffusers.image_processor.VaeImageProcessor().postprocess(shown[row])           # of PIL
         for j, n in enumerate([0, 6, 10, 1, 15, 16, 21, 14]):    # of each colour and shape, some never seen
             text = f"{[*COLORS][PAIRS[n, 0]]}\n{SHAPES[PAIRS[n, 1]]}{'' if SEEN[n] else ' *'}"
             if i == 0: pen.multiline_text((240 + 100 * j, 74), text, "black", small, "mm", align="center")
-            page.paste(tiles[n].resize((96, 96), Image.NEAREST), (192 + 100 * j, 100 + 100 * i))
+            page.paste(shown[row][n].resize((96, 96), Image.NEAREST), (192 + 100 * j, 100 + 100 * i))
     return page
 # ---------------------------------------------------------------- Plumbing, the same wherever a week needs it
 def require(ok, message):
