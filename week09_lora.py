@@ -186,7 +186,7 @@ def read_pictures(sd, root, caption):
             album += [(picture, said)] * 9 + [(picture, "")]
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
             require(False, f"--images {file}: {' '.join(str(error).split())[:200]}")
-    return album or require(False, f"--images {root}: no such folder, or no png, jpg, jpeg or webp in it")
+    return album or require(False, f"--images {root}: no png, jpg, jpeg or webp in it")
 def judge(pictures):
     """Colour, shape and style of the nearest of 9,000 drawings, pixel by pixel.   (N, 3, H, W) -> (N, 3)"""
     n, grid = torch.tensor([4, 4, 2]), torch.cartesian_prod(*map(torch.arange, (6, 4, len(STYLES), 5, 5, 3)))
@@ -357,13 +357,13 @@ def main(cfg):
         value, high = getattr(cfg, flag), 2**63 - 1 if flag == "seed" else 10**6 if "steps" in flag else 1000
         require(low <= value <= high, f"--{flag.replace('_', '-')} {value}: must be {low} to {high}")
     require(cfg.images or not cfg.caption, f"--caption {cfg.caption}: of what? It needs --images")
+    require(Path(cfg.images).is_dir(), f"--images {cfg.images}: there is no such folder")
     device = pick_device(cfg.device)
     save(cfg.out, ".started", Path.touch)            # an --out that cannot be written shows now, not later
     for x in transformers, diffusers.utils: x.logging.set_verbosity_error(); x.logging.disable_progress_bar()
     run_checks(); torch.manual_seed(cfg.seed); table, shown, seconds, base_seconds = {}, {}, {}, 0.0
     sd = (load(cfg.model, cfg.tiny) if cfg.model != "random" else small_model()).to(device)
-    album = read_pictures(sd, cfg.images, cfg.caption) if cfg.images else ()
-    data = f"{len(album) // 10} pictures in {cfg.images}" if album else "drawn here"
+    data, album = cfg.images or "drawn here", read_pictures(sd, cfg.images, cfg.caption) if cfg.images else ()
     print(f"week 9 | {device}, float32 | torch {torch.__version__} | data: {data} | weights: {cfg.model}")
     if cfg.model == "random":
         learn = [*sd.unet.parameters(), *sd.text_encoder.parameters()]

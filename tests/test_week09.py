@@ -689,7 +689,7 @@ def test_a_lora_of_a_folder(run, true, tmp_path, capsys):
     sd = tiny_sd(model) if true else week.load(str(model), True)
     result = call(week, "--tiny", "--model", model, "--images", tmp_path / "monet", "--caption", "a picture in red",
                   "--out", tmp_path / "out")  # fmt: skip
-    assert "data: 3 pictures in" in capsys.readouterr().out
+    assert f"data: {tmp_path / 'monet'} |" in capsys.readouterr().out
     assert [path.name for path in (tmp_path / "out").glob("*.safetensors")] == ["monet.safetensors"]
     parts, wanted = week12.read_adapter(tmp_path / "out" / "monet.safetensors", sd.unet)
     assert wanted == ["monet"] and {*parts} == {*week.inject_lora(copy.deepcopy(sd.unet), week.EVERYTHING, 1, 1.0)}
@@ -703,10 +703,13 @@ def test_a_lora_of_a_folder(run, true, tmp_path, capsys):
         assert page.size == (1000, 110 + 100 * 2)
 
 
-def test_mistakes_with_your_own_pictures(tmp_path, refused):
+def test_mistakes_with_your_own_pictures(tmp_path, refused, monkeypatch):
     mine = tmp_path / "mine"
     mine.mkdir()
-    refused(call, week, "--tiny", "--images", tmp_path / "none", names=[f"--images {tmp_path / 'none'}"])
+    with monkeypatch.context() as patch:  # before a model is fetched
+        patch.setattr(week, "load", lambda *_: pytest.fail("too late"))
+        flags = "--model", "me/mine", "--images", tmp_path / "none"
+        refused(call, week, *flags, names=[f"--images {tmp_path / 'none'}", "no such folder"])
     (mine / "notes.txt").write_text("no picture")
     refused(call, week, "--tiny", "--images", mine, names=[f"--images {mine}", "no png"])
     refused(call, week, "--tiny", "--images", mine / "notes.txt", names=[f"--images {mine / 'notes.txt'}"])
