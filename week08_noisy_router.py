@@ -229,17 +229,17 @@ def train(name, net, loss, x, y, steps, lr, cool, cfg, top=math.pi / 2):
     run = " ".join(map(str, (cfg.seed, cfg.width, cfg.batch, cfg.steps, cfg.experts, steps, x.mean().item())))
     done, B, started, shown = Path(cfg.out, name), cfg.batch, time.perf_counter(), 0
     try:
-        if cfg.resume and done.exists() and safetensors.safe_open(done, "pt").metadata() == {"run": run}:
-            average.load_state_dict(safetensors.torch.load_file(done)); return average, 0.0
+        known = cfg.resume and done.exists() and safetensors.safe_open(done, "pt").metadata() == {"run": run}
+        if known: average.load_state_dict(safetensors.torch.load_file(done))
     except (OSError, RuntimeError, safetensors.SafetensorError) as error:
         require(False, f"--resume: {done} is broken ({' '.join(str(error).split())}); delete it first")
     guess = nn.parallel.DistributedDataParallel(net) if WORLD > 1 else net
     optimizer = torch.optim.AdamW(net.parameters(), lr, (0.9, 0.99), fused=True)
-    for step in range(1, steps + 1):
-        seed(cfg, name, step)
-        share = ((torch.arange(B) + torch.rand(B)) / B).clamp(1e-4, 1 - 1e-4)               # 0 to 1, evenly
+    for step in range(steps if known else 1, steps + 1):
+        seed(cfg, name, step); share = ((torch.arange(B) + torch.rand(B)) / B).clamp(1e-4, 1 - 1e-4)  # evenly
         phi = top * (1.2 * torch.special.ndtri(share) + 0.4).sigmoid()[:, None, None, None]    # most of them
         i, untold, eps = torch.randint(len(x), (B,)), torch.rand(B) < 0.1, torch.randn(B, 1, 28, 28)
+        if known: return average, 0.0       # with the dice as they were: the next network begins with them
         i, untold, eps, phi = (t[RANK::WORLD].to(x.device) for t in (i, untold, eps, phi))
         error = loss(guess, *mix(x[i], eps, phi), phi, y[i], y[i].masked_fill(untold, NONE))
         optimizer.param_groups[0]["lr"] = lr * min(10 * step / steps, 1, (steps + 1 - step) / steps / cool)

@@ -604,6 +604,27 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_result(finished, tmp_path, m
     assert len(done) > 90, "what another seed has trained is no part of this run"
 
 
+def test_what_comes_after_a_resumed_network_starts_as_it_did(finished, tmp_path, monkeypatch):
+    """Stopped in the planner, in the second of seven networks: the first weights of all later ones are the same."""
+    out, real, done = tmp_path / "out", torch.optim.AdamW.step, []
+    flags = "--tiny", "--out", str(out), "--steps", "20", "--experts", "2"
+
+    def step(self, *rest):
+        done.append(1)
+        if len(done) > left:
+            raise KeyboardInterrupt
+        return real(self, *rest)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", step)
+    for left, more in ((40 + 3, []), (40 + 14, ["--resume"])):
+        done.clear()
+        with pytest.raises(KeyboardInterrupt):
+            call(week, *flags, *more)
+    assert {path.stem for path in out.glob("*.safetensors")} == {"judge", "planner", "trunk"}
+    for file in out.glob("*.safetensors"):
+        assert file.read_bytes() == (finished[0] / file.name).read_bytes(), file.name
+
+
 def test_resume_says_which_network_is_broken(tmp_path, refused):
     """A file cut in half, no safetensors at all, other shapes, other names, a folder: one line, not a traceback."""
     cfg = week.Config(out=str(tmp_path / "out"), batch=4)
