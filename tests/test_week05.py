@@ -344,6 +344,23 @@ def test_the_network_sees_the_time():
     assert all(w.grad is not None and w.grad.abs().sum() > 0 for w in model.parameters())
 
 
+def test_the_clock_has_hands_of_many_speeds():
+    """The slowest goes from 0 to half a radian over the whole chain, the fastest a thousand times as far."""
+    clock = week.Denoiser(23, 16, 3).clock
+    angle = 0.5 * 1000 ** torch.linspace(0, 1, 32)
+    near(clock[23], torch.cat([angle.sin(), angle.cos()]), 1e-4)
+    near(clock[0], torch.cat([torch.zeros(32), torch.ones(32)]))
+    near(week.Denoiser(46, 16, 3).clock[::2], clock, 1e-4)  # what counts is the share of the chain
+
+
+def test_each_layer_has_a_path_past_it():
+    model, x, t = week.Denoiser(23, 16, 3), torch.randn(5, 2), torch.tensor([1, 2, 3, 22, 23])
+    with torch.no_grad():
+        for w in model.layers.parameters():
+            w.zero_()
+    near(model(x, t), model.out(torch.nn.functional.silu(model.of_x(x) + model.of_t(model.clock[t]))), 1e-6)
+
+
 # ------------------------------------------------------------------------------------------------- training
 
 
