@@ -635,6 +635,7 @@ def test_resume_says_which_network_is_broken(tmp_path, refused):
     whole, weights = file.read_bytes(), safetensors.torch.load_file(file)
     again, no_time = train(cfg)
     assert seconds > 0 == no_time and all(torch.equal(a, b) for a, b in zip(again.parameters(), trained.parameters()))
+    assert train(replace(cfg, resume=False))[1] > 0, "without --resume all is trained anew"
     with safetensors.safe_open(file, "pt") as opened:
         run = opened.metadata()
     other = weights | {"8.weight": torch.zeros(64, 3)}
