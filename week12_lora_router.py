@@ -93,7 +93,7 @@ def read_adapter(path, model):
             W, A, B = model.get_submodule(key).weight, part[False], part[True]
             fit = (A.shape[1:], B.shape[:2], B.dim()) == (W.shape[1:], (len(W), len(A)), W.dim())
             if not (fit and len(A) and all(w.is_floating_point() and w.isfinite().all() for w in (A, B))):
-                raise ValueError(f"A {(*A.shape,)}, B {(*B.shape,)}, {B.dtype} do not fit W {(*W.shape,)} or NaN")
+                raise ValueError(f"A {(*A.shape,)}, B {(*B.shape,)}, {B.dtype}: no fit for W {(*W.shape,)}")
             parts[key] = A.float(), B.float() * ((alpha or len(A)) / len(A))
     except (OSError, ValueError, TypeError, AttributeError, KeyError, safetensors.SafetensorError) as error:
         require(False, f"--adapters: {path}: {key}: {' '.join(str(error).split())[:200]}")
