@@ -235,15 +235,16 @@ def train(router, texts, y, cfg):
     head, dice = nn.Linear(router.D, len(router.notes["labels"])).to(y.device), random.Random(cfg.seed)
     optimizer = torch.optim.AdamW([*router.tower.parameters(), *head.parameters()], weight_decay=0.1)
     batches = [batch for _ in range(5 if cfg.tiny else 20) for batch in torch.randperm(len(texts)).split(32)]
-    n, clock, start = len(batches), time.perf_counter, time.perf_counter()
+    n, started = len(batches), time.perf_counter()
     for step, batch in enumerate(batches, 1):      # the learning rate rises for 10 % of the steps, then falls
         optimizer.param_groups[0]["lr"] = 6e-3 * min(10 * step, 1.1 * (n - step)) / n
         x = router.tower(router.tokens([texts[i] for i in batch], dice, cfg.ablate != "cuts")).text_embeds
         loss = F.cross_entropy(head(x), y[batch.to(y.device)], label_smoothing=0.1)
         optimizer.zero_grad(); loss.backward(); optimizer.step()
         if step % max(1, n // 10) == 0:
-            if not loss.isfinite(): sys.exit(f"step {step}: the loss is {loss.item()}; try another --seed")
-            print(f"step {step:4}/{n} | loss {loss:.4f} | {(clock() - start) * (n / step - 1):.0f} s left")
+            loss, rate = loss.item(), step / (time.perf_counter() - started)
+            if not math.isfinite(loss): sys.exit(f"step {step}: the loss is {loss}; try another --seed")
+            print(f"step {step:4}/{n} | loss {loss:.4f} | {(n - step) / rate:.0f} s left")
     router.requires_grad_(False)
 def evaluate(router, x, y, described):
     """Fit all heads to features x {part: (N, D + V)}, labels y (N), -1 = oos; T and threshold to validation
@@ -389,7 +390,6 @@ def main(cfg):
         rows["router"], baseline_accuracy=rows["bag of words"]["test_accuracy"], route_ms=one[len(one) // 2],
         decisions_per_second=rate / (time.perf_counter() - clock), train_seconds=clock - started),
         data=data, weights=weights, table=rows)
-
 if __name__ == "__main__":
     sys.stdout.reconfigure(line_buffering=True)
     try:

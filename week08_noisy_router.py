@@ -147,9 +147,8 @@ def each(shelf, expert, work, *inputs):
     return to_pixels(out)
 see = lambda net, x, phi, y: unmix(x, net(x, phi, y), phi)[0]          # the x_0 that a network sees in x_phi
 clean = lambda shelf, expert, y, x, phi: each(shelf, expert, see, x, phi, y)
-paint = lambda shelf, expert, y, cfg: each(
-    shelf, expert, lambda net, eps, y: sample(net, eps, y, cfg.guidance, cfg.calls, 0.7),
-    torch.randn(len(y), 1, 28, 28).to(y.device), y)
+paint = lambda shelf, expert, y, cfg: each(shelf, expert, lambda net, eps, y: sample(
+    net, eps, y, cfg.guidance, cfg.calls, 0.7), torch.randn(len(y), 1, 28, 28).to(y.device), y)
 def frechet(a, b):
     """|m - n|^2 + tr(A + B - 2 (A B)^(1/2)), a (N, D) of mean m, covariance A (Heusel et al. 2017)"""
     (A, m), (B, n) = ((torch.cov(t.T), t.mean(0)) for t in (a.cpu().double(), b.cpu().double()))
@@ -228,17 +227,19 @@ def train(name, net, loss, x, y, steps, lr, cool, cfg, top=math.pi / 2):
     The learning rate rises for a tenth of the steps, and falls to 0 over the last `cool`, a share of them."""
     net, average = (copy.deepcopy(net).to(x.device).requires_grad_(learns) for learns in (True, False))
     run = " ".join(map(str, (cfg.seed, cfg.width, cfg.batch, cfg.steps, cfg.experts, steps, x.mean().item())))
-    done = Path(cfg.out, name)
-    if cfg.resume and done.exists() and safetensors.safe_open(done, "pt").metadata() == {"run": run}:
-        average.load_state_dict(safetensors.torch.load_file(done)); return average, 0.0
+    done, B, started, shown = Path(cfg.out, name), cfg.batch, time.perf_counter(), 0
+    try:
+        known = cfg.resume and done.exists() and safetensors.safe_open(done, "pt").metadata() == {"run": run}
+        if known: average.load_state_dict(safetensors.torch.load_file(done))
+    except (OSError, RuntimeError, safetensors.SafetensorError) as error:
+        require(False, f"--resume: {done} is broken ({' '.join(str(error).split())}); delete it first")
     guess = nn.parallel.DistributedDataParallel(net) if WORLD > 1 else net
     optimizer = torch.optim.AdamW(net.parameters(), lr, (0.9, 0.99), fused=True)
-    B, started, shown = cfg.batch, time.perf_counter(), 0
-    for step in range(1, steps + 1):
-        seed(cfg, name, step)
-        share = ((torch.arange(B) + torch.rand(B)) / B).clamp(1e-4, 1 - 1e-4)               # 0 to 1, evenly
+    for step in range(steps if known else 1, steps + 1):
+        seed(cfg, name, step); share = ((torch.arange(B) + torch.rand(B)) / B).clamp(1e-4, 1 - 1e-4)  # evenly
         phi = top * (1.2 * torch.special.ndtri(share) + 0.4).sigmoid()[:, None, None, None]    # most of them
         i, untold, eps = torch.randint(len(x), (B,)), torch.rand(B) < 0.1, torch.randn(B, 1, 28, 28)
+        if known: return average, 0.0       # with the dice as they were: the next network begins with them
         i, untold, eps, phi = (t[RANK::WORLD].to(x.device) for t in (i, untold, eps, phi))
         error = loss(guess, *mix(x[i], eps, phi), phi, y[i], y[i].masked_fill(untold, NONE))
         optimizer.param_groups[0]["lr"] = lr * min(10 * step / steps, 1, (steps + 1 - step) / steps / cool)

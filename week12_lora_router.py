@@ -85,15 +85,16 @@ def read_adapter(path, model):
     try:
         with safetensors.safe_open(path, "pt") as file:
             notes = json.loads((file.metadata() or {}).get("lora_adapter_metadata", "{}"))
-            alpha, wanted = notes.get("unet.lora_alpha", 0), [*map(str, notes.get("examples", [path.stem]))]
-            for key in file.keys():
+            alpha, wanted = notes.get("unet.lora_alpha", 0), [*map(str, notes.get("examples") or [path.stem])]
+            for key in file.keys() or ["no tensor"]:
                 layer, half = re.fullmatch(r"unet\.(.+)\.lora[._](A|B|down|up)\.weight", key).groups()
-                parts.setdefault(layer, {})[half in ("B", "up")] = file.get_tensor(key).float()
+                parts.setdefault(layer, {})[half in ("B", "up")] = file.get_tensor(key)
         for key, part in parts.items():
             W, A, B = model.get_submodule(key).weight, part[False], part[True]
-            if (A.shape[1:], B.shape[:2], B.dim()) != (W.shape[1:], (len(W), len(A)), W.dim()):
-                raise ValueError(f"A {(*A.shape,)} and B {(*B.shape,)} do not fit W {(*W.shape,)}")
-            parts[key] = A, B * ((alpha or len(A)) / len(A))
+            fit = (A.shape[1:], B.shape[:2], B.dim()) == (W.shape[1:], (len(W), len(A)), W.dim())
+            if not (fit and len(A) and all(w.is_floating_point() and w.isfinite().all() for w in (A, B))):
+                raise ValueError(f"A {(*A.shape,)}, B {(*B.shape,)}, {B.dtype}: no fit for W {(*W.shape,)}")
+            parts[key] = A.float(), B.float() * ((alpha or len(A)) / len(A))
     except (OSError, ValueError, TypeError, AttributeError, KeyError, safetensors.SafetensorError) as error:
         require(False, f"--adapters: {path}: {key}: {' '.join(str(error).split())[:200]}")
     return parts, wanted
@@ -113,10 +114,9 @@ def fit_router(sd, wanted, each=400, decay=1e-4):
             texts.append(" ".join(words))
     x, y = features(sd, texts).double(), torch.eye(1 + len(names)).double()[:, 1:].repeat_interleave(each, 0)
     W = torch.linalg.solve(x.T @ x + decay * x.norm() ** 2 / len(x.T) * torch.eye(len(x.T)), x.T @ y).float()
-    def router(prompts, threshold):
-        scores = (features(sd, prompts) @ W).clamp(0, 1)
-        return [(names[p.argmax()], p.max().item()) if p.max() >= threshold else ("", 0.0) for p in scores]
-    return router
+    return lambda prompts, threshold: [
+        (names[p.argmax()], p.max().item()) if p.max() >= threshold else ("", 0.0)
+        for p in (features(sd, prompts) @ W).clamp(0, 1)]
 # ----------------------------------------------------------------------------------------------------- Checks
 def run_checks():
     """One batch of samples that wear different adapters, against weights with the update added by hand."""

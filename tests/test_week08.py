@@ -604,6 +604,59 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_result(finished, tmp_path, m
     assert len(done) > 90, "what another seed has trained is no part of this run"
 
 
+def test_what_comes_after_a_resumed_network_starts_as_it_did(finished, tmp_path, monkeypatch):
+    """Stopped in the planner, in the second of seven networks: the first weights of all later ones are the same."""
+    out, real, done = tmp_path / "out", torch.optim.AdamW.step, []
+    flags = "--tiny", "--out", str(out), "--steps", "20", "--experts", "2"
+
+    def step(self, *rest):
+        done.append(1)
+        if len(done) > left:
+            raise KeyboardInterrupt
+        return real(self, *rest)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", step)
+    for left, more in ((40 + 3, []), (40 + 14, ["--resume"])):
+        done.clear()
+        with pytest.raises(KeyboardInterrupt):
+            call(week, *flags, *more)
+    assert {path.stem for path in out.glob("*.safetensors")} == {"judge", "planner", "trunk"}
+    for file in out.glob("*.safetensors"):
+        assert file.read_bytes() == (finished[0] / file.name).read_bytes(), file.name
+
+
+def test_resume_says_which_network_is_broken(tmp_path, refused):
+    """A file cut in half, no safetensors at all, other shapes, other names, a folder: one line, not a traceback."""
+    cfg = week.Config(out=str(tmp_path / "out"), batch=4)
+    x, y = torch.randn(8, 1, 28, 28), torch.arange(8)
+    train = lambda cfg: week.train("judge.safetensors", week.reader(), week.reading, x, y, 2, 1e-3, 1, cfg)
+    trained, seconds = train(cfg)
+    cfg, file = replace(cfg, resume=True), tmp_path / "out" / "judge.safetensors"
+    whole, weights = file.read_bytes(), safetensors.torch.load_file(file)
+    again, no_time = train(cfg)
+    assert seconds > 0 == no_time and all(torch.equal(a, b) for a, b in zip(again.parameters(), trained.parameters()))
+    assert train(replace(cfg, resume=False))[1] > 0, "without --resume all is trained anew"
+    with safetensors.safe_open(file, "pt") as opened:
+        run = opened.metadata()
+    other = weights | {"8.weight": torch.zeros(64, 3)}
+    for broken, names in (
+        (whole[: len(whole) // 2], []),
+        (whole[:5], []),
+        (b"", []),
+        (b"no network at all", []),
+        (safetensors.torch.save(other, run), ["size mismatch"]),
+        (safetensors.torch.save({"a": torch.zeros(2)}, run), ["Missing"]),
+    ):
+        file.write_bytes(broken)
+        refused(train, cfg, names=["--resume", str(file), *names])
+        assert file.read_bytes() == broken, "the user's to delete"
+    file.unlink()
+    file.mkdir()
+    refused(train, cfg, names=["--resume", str(file)])
+    file.rmdir()
+    assert train(cfg)[1] > 0, "what is not there is trained"
+
+
 def in_two_processes(folder):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", week.__file__]
     flags = ["--tiny", "--out", "out", "--steps", "20", "--experts", "2"]

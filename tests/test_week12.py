@@ -280,6 +280,10 @@ def test_reads_the_formats_of_the_field(small, tmp_path, a, b, alpha, scale):
     path = write(tmp_path / "mine.safetensors", {f"unet.{LAYER}.{a}.weight": A, f"unet.{LAYER}.{b}.weight": B}, **notes)
     parts, wanted = week.read_adapter(path, small.unet)
     assert [*parts] == [LAYER] and wanted == ["mine"], "no examples: its name"
+    half = {f"unet.{LAYER}.{a}.weight": A.half(), f"unet.{LAYER}.{b}.weight": B.half()}
+    halves, wanted = week.read_adapter(write(tmp_path / "half.safetensors", half, examples=[]), small.unet)
+    assert halves[LAYER][0].dtype == torch.float32 and torch.equal(halves[LAYER][0], A.half().float())
+    assert wanted == ["half"]
     assert torch.equal(parts[LAYER][0], A) and torch.allclose(parts[LAYER][1], scale * B)
 
 
@@ -323,6 +327,10 @@ def test_foreign_files_are_refused_before_anything_changes(small, tmp_path, caps
         "half": {a: torch.zeros(3, I)},
         "wide": {**good, a: torch.zeros(3, I + 1)},
         "rank": {**good, b: torch.zeros(O, 4)},
+        "nothing": {},
+        "integers": {key: w.int() for key, w in good.items()},
+        "nan": {**good, a: torch.full((3, I), math.nan)},
+        "no_rank": {a: torch.zeros(0, I), b: torch.zeros(O, 0)},
         "cube": {**good, b: torch.zeros(O, 3, 1)},
     }
     before = [w.clone() for w in small.unet.parameters()]
@@ -336,8 +344,11 @@ def test_foreign_files_are_refused_before_anything_changes(small, tmp_path, caps
     assert LAYER in err, "the layer that does not fit is named"
     path = tmp_path / "notes.safetensors"
     safetensors.torch.save_file(good, path, {"lora_adapter_metadata": "[1]"})
-    with pytest.raises(SystemExit):
-        week.read_adapter(path, small.unet)
+    whole = path.read_bytes()
+    for change in (lambda: None, lambda: path.write_bytes(whole[:-9]), path.unlink, path.mkdir):
+        change()
+        with pytest.raises(SystemExit):
+            week.read_adapter(path, small.unet)
     assert all(torch.equal(w, old) for w, old in zip(small.unet.parameters(), before, strict=True))
 
 
