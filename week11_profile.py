@@ -39,10 +39,10 @@ TINY = dict(size=64, predict=64)
 FULL = dict(unet=dict(sample_size=64, cross_attention_dim=768), gpt=dict(config=transformers.GPT2Config()),
             vae=dict(block_out_channels=(128, 256, 512, 512), layers_per_block=2, sample_size=512,
                      down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4))
-SMALL = dict(unet=dict(block_out_channels=(16, 32), layers_per_block=1, norm_num_groups=4,
-                       down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), attention_head_dim=2,
-                       up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"), cross_attention_dim=24),
-             vae=FULL["vae"] | dict(block_out_channels=(4, 4, 4, 4), norm_num_groups=2, layers_per_block=1),
+SMALL = dict(unet=dict(down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), block_out_channels=(16, 32),
+                       up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"), norm_num_groups=4,
+                       layers_per_block=1, attention_head_dim=2, mid_block_type=None, cross_attention_dim=24),
+             vae=FULL["vae"] | dict(block_out_channels=(4, 4, 4, 4), norm_num_groups=2, layers_per_block=0),
              gpt=dict(config=transformers.GPT2Config(n_embd=48, n_layer=2, n_head=4)))
 CLEAN = [*(1 - torch.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2).cumprod(0).tolist(), 1]      # alpha-bar
 ROWS = ("unet, unet sliced, unet sliced diffusers, unet fused, unet fused diffusers, unet cache, unet split, "
@@ -198,7 +198,8 @@ def load(cfg, device):
             model, report = kinds[part].from_pretrained(Path(folder, part), **ask)
             for key in report["missing_keys"]: raise ValueError(f"{key} is missing")
             models[part] = model.float().to(device).eval()
-        if cfg.model != "random": prepare("image", models, 64, cfg, torch.device("meta"))[1]()  # do they fit?
+        trial = lambda: prepare("image", models, 64, cfg, torch.device("meta"))[1]()     # do the parts fit?
+        if cfg.model != "random" and trial().shape[2] != 64: raise ValueError("not a VAE that enlarges by 8")
         return models
     except (OSError, ValueError, RuntimeError, LookupError, TypeError, AttributeError, ArithmeticError,
             safetensors.SafetensorError) as error:
@@ -374,11 +375,10 @@ def main(cfg):
     rows = [row for row in ROWS.split(", ") if "all" in asked or " " not in row or asked & {*row.split()}]
     device, meta = pick_device(cfg.device), torch.device("meta")
     save(cfg.out, ".started", Path.touch)            # an --out that cannot be written shows now, not later
-    diffusers.logging.set_verbosity_error(); diffusers.logging.disable_progress_bar(); run_checks()
-    torch.manual_seed(cfg.seed)
-    models = load(cfg, device)
+    diffusers.logging.set_verbosity_error(); diffusers.logging.disable_progress_bar()
+    gc.freeze(); run_checks(); torch.manual_seed(cfg.seed)
+    models = load(cfg, device); gc.freeze()          # what is there by now need not be searched each time
     print(f"week 11 | {device}, float32 | torch {torch.__version__} | weights: {cfg.model}")
-    gc.freeze()                                      # what is there by now need not be searched each time
     predicted = run(models, cfg.predict, cfg, meta, rows)
     same = predicted if cfg.predict == cfg.size else run(models, cfg.size, cfg, meta, rows)
     measured = run(models, cfg.size, cfg, device, rows, same)

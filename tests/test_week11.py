@@ -729,6 +729,10 @@ def test_parts_of_another_kind_are_refused_before_the_work(folder, tmp_path, ref
     other = diffusers.UNet2DConditionModel(**week.SMALL["unet"] | dict(in_channels=9))  # as those that paint in
     other.save_pretrained(model / "unet")
     refused(week.load, week.Config(tiny=True, model=str(model)), CPU, names=["--model", "channel"])
+    shutil.copytree(folder / "unet", model / "unet", dirs_exist_ok=True)
+    config = dict(down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2)
+    diffusers.AutoencoderKL(block_out_channels=(4, 8), norm_num_groups=2, **config).save_pretrained(model / "vae")
+    refused(week.load, week.Config(tiny=True, model=str(model)), CPU, names=["--model", "enlarges by 8"])
 
 
 def test_an_id_of_the_hub_is_looked_for_in_the_cache_only(folder, tmp_path, monkeypatch, refused):
@@ -749,6 +753,18 @@ def test_an_id_of_the_hub_is_looked_for_in_the_cache_only(folder, tmp_path, monk
         expected = week.load(week.Config(tiny=True, model=str(folder)), CPU)
         assert torch.equal(found["unet"].conv_in.weight, expected["unet"].conv_in.weight)
         refused(week.load, week.Config(tiny=True, model="nobody/nothing"), CPU, names=["--model nobody/nothing: "])
+
+
+def test_what_keeps_tiny_short(tmp_path, monkeypatch):
+    models = {part: week.twin(model, lambda w: w.to(META)) for part, model in week.load(week.Config(tiny=True), CPU).items()}
+    found = week.run(models, 64, week.Config(), META, ["unet", "vae tiles"])
+    assert len(found["unet"]["trace"]) < 500 and len(found["vae tiles"]["trace"]) < 2000
+    monkeypatch.setattr(week, "run_checks", lambda: week.sys.exit(week.gc.get_freeze_count()))
+    week.gc.unfreeze()
+    with pytest.raises(SystemExit) as stop:
+        call(week, "--tiny", "--out", tmp_path / "out")
+    week.gc.unfreeze()
+    assert stop.value.code > 0, "what the libraries made need not be searched for garbage before each row"
 
 
 def test_the_library_is_told_to_keep_quiet(tmp_path, monkeypatch, refused):
