@@ -1,10 +1,9 @@
 # /// script
 # requires-python = ">=3.10"
 # dependencies = ["torch>=2.9", "diffusers>=0.36", "transformers>=5.1", "huggingface-hub>=1.3",
-#                 "safetensors>=0.4.5", "pillow>=10.1"]
+#                 "safetensors>=0.4.5", "pillow>=10.1", "tokenizers>=0.22"]
 # ///
 """Week 7: Stable Diffusion opened up. Hooks on every module: what goes in, what comes out, what it costs.
-
 Paper: Rombach et al. 2022, "High-Resolution Image Synthesis with Latent Diffusion Models".
 The idea: a latent has 48 times fewer numbers than its image. A U-Net takes the noise out of it, and a text
 says what to see: places of the latent ask (query), words answer (key, value). That is cross-attention.
@@ -20,7 +19,7 @@ import argparse, http.client, inspect, json, math, os, re, sys, time, urllib.req
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import get_args
-import diffusers, safetensors, torch, torch.utils.flop_counter, torch.utils.weak, transformers
+import diffusers, safetensors, tokenizers, torch, torch.utils.flop_counter, torch.utils.weak, transformers
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from huggingface_hub import errors, hf_hub_download, hf_hub_url
 from PIL import Image, ImageDraw, ImageFont
@@ -206,6 +205,8 @@ def load(cfg, device):
         cfg, files if cfg.run else files[:4], "Instead, random weights: times are true, pictures are noise.")
     models, tokenizer, real = [], None, cfg.run and folder != "random"
     try:
+        for file in Path(folder).glob("*/*.json") if real else []: {**json.loads(file.read_bytes())}  # whole?
+        for file in Path(folder).glob("*/tokenizer.json"): tokenizers.Tokenizer.from_buffer(file.read_bytes())
         for part, (kind, config) in PARTS.items():
             if folder != "random": config = json.loads(Path(folder, part, "config.json").read_text("utf-8"))
             if real:
@@ -216,7 +217,6 @@ def load(cfg, device):
                 if cfg.model == "tiny": config = config | SMALL
                 with torch.device(device): model = make(kind, config)
             models.append((model.half() if device.type in ("cuda", "mps") else model).eval().to(device))
-        for file in Path(folder, "tokenizer").glob("*.json") if real else []: json.loads(file.read_bytes())
         if real: tokenizer = CLIPTokenizer.from_pretrained(Path(folder, "tokenizer"))
         text, vae, unet = (model.config for model in models)
         if (text.hidden_size, vae.latent_channels) != (unet.cross_attention_dim, unet.in_channels) or (

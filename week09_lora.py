@@ -1,7 +1,7 @@
 # /// script
 # requires-python = ">=3.10"
 # dependencies = ["torch>=2.9", "transformers>=5.1", "diffusers>=0.36", "huggingface-hub>=1.3",
-#                 "safetensors>=0.4.5", "pillow>=10.1"]
+#                 "safetensors>=0.4.5", "pillow>=10.1", "tokenizers>=0.22"]
 # ///
 """Week 9: LoRA. A style for Stable Diffusion in a small file, and what it costs the content.
 Paper: Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models".
@@ -18,7 +18,7 @@ import argparse, copy, http.client, inspect, json, math, os, random, re, sys, te
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Literal, get_args
-import diffusers, huggingface_hub as hub, safetensors.torch, torch, transformers
+import diffusers, huggingface_hub as hub, safetensors.torch, tokenizers, torch, transformers
 from PIL import Image, ImageDraw, ImageFont
 from torch import nn
 # ----------------------------------------------------------------------------------------------------- Config
@@ -214,11 +214,11 @@ def load(model, tiny):
     try: tiny or Path(model).is_dir() or urllib.request.urlopen(hub.constants.ENDPOINT, timeout=4).close()
     except (OSError, ValueError, http.client.HTTPException): tiny = True       # a silent hub: what is cached
     try:
-        for file in Path(model, "tokenizer").glob("*.json"): json.loads(file.read_bytes())  # is it whole?
+        for file in Path(model).glob("*/*.json"): {**json.loads(file.read_bytes())}             # is it whole?
+        for file in Path(model).glob("*/tokenizer.json"): tokenizers.Tokenizer.from_buffer(file.read_bytes())
         none = ["safety_checker"] + ["vae"] * (Path(model).is_dir() and not Path(model, "vae").exists())
         sd = diffusers.StableDiffusionPipeline.from_pretrained(
-            model, requires_safety_checker=False, use_safetensors=True, dtype=torch.float32,
-            low_cpu_mem_usage=False, local_files_only=tiny, **dict.fromkeys(none))
+            model, use_safetensors=True, dtype=torch.float32, local_files_only=tiny, **dict.fromkeys(none))
         words, size = sd.text_encoder.config.vocab_size, sd.vae.config.latent_channels if sd.vae else 48
         if (len(sd.tokenizer), sd.unet.config.in_channels) != (words, size): raise ValueError("unfit parts")
         sd.scheduler = diffusers.DDIMScheduler.from_config(sd.scheduler.config, clip_sample=False)

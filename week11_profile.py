@@ -3,7 +3,6 @@
 # dependencies = ["torch>=2.9", "diffusers>=0.36", "transformers>=5.1", "safetensors>=0.4.5", "pillow>=10.1"]
 # ///
 """Week 11: where the memory of Stable Diffusion goes, and how to get it back.
-
 Papers: Chen et al. 2016, "Training Deep Nets with Sublinear Memory Cost"; Dao et al. 2022, "FlashAttention".
 The idea: memory is taken when an operation makes a tensor, and freed when nothing refers to it. Watch both:
 you know all live bytes, by kind; on the meta device, which has shapes but no numbers, before a model runs.
@@ -40,10 +39,10 @@ TINY = dict(size=64, predict=64)
 FULL = dict(unet=dict(sample_size=64, cross_attention_dim=768), gpt=dict(config=transformers.GPT2Config()),
             vae=dict(block_out_channels=(128, 256, 512, 512), layers_per_block=2, sample_size=512,
                      down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4))
-SMALL = dict(unet=dict(block_out_channels=(16, 32), layers_per_block=1, norm_num_groups=4,
-                       down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), attention_head_dim=2,
-                       up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"), cross_attention_dim=24),
-             vae=FULL["vae"] | dict(block_out_channels=(4, 4, 4, 4), norm_num_groups=2, layers_per_block=1),
+SMALL = dict(unet=dict(down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), block_out_channels=(16, 32),
+                       up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"), norm_num_groups=4,
+                       layers_per_block=1, attention_head_dim=2, mid_block_type=None, cross_attention_dim=24),
+             vae=FULL["vae"] | dict(block_out_channels=(4, 4, 4, 4), norm_num_groups=2, layers_per_block=0),
              gpt=dict(config=transformers.GPT2Config(n_embd=48, n_layer=2, n_head=4)))
 CLEAN = [*(1 - torch.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2).cumprod(0).tolist(), 1]      # alpha-bar
 ROWS = ("unet, unet sliced, unet sliced diffusers, unet fused, unet fused diffusers, unet cache, unet split, "
@@ -164,9 +163,8 @@ def offload(model, folder, device, whole=False):
                 if Meter.running: Meter.running.note([getattr(layer, name)], "weights")
         def go(*_, layer=layer, home=home):
             for name, (w, _) in home.items(): setattr(layer, name, w)
-        go()
         (model if whole else layer).register_forward_pre_hook(come, prepend=True)      # before those of int8
-        (model if whole else layer).register_forward_hook(go)
+        (model if whole else layer).register_forward_hook(go); go()
 def decode(vae, z, tile, margin):
     """One image after the other, in squares of `tile` latent pixels, with a margin that is cut off again.
     z (B, 4, h, w) -> (B, 3, 8h, 8w)   Where there are several, group norm sees one, not the whole."""
@@ -192,14 +190,19 @@ def load(cfg, device):
                  gpt=transformers.GPT2LMHeadModel)
     sizes, random = SMALL if cfg.tiny else FULL, kinds if cfg.model == "random" else ["gpt"]
     with torch.device(device): models = {part: kinds[part](**sizes[part]).eval() for part in random}
-    ask = dict(use_safetensors=True, low_cpu_mem_usage=False, output_loading_info=True, local_files_only=True)
+    ask = dict(use_safetensors=True, low_cpu_mem_usage=False, output_loading_info=True)
+    cached = lambda: diffusers.DiffusionPipeline.download(cfg.model, local_files_only=True)
     try:
         for part in kinds.keys() - models.keys():
-            model, report = kinds[part].from_pretrained(cfg.model, subfolder=part, **ask)
+            folder = cfg.model if Path(cfg.model).is_dir() else cached()
+            model, report = kinds[part].from_pretrained(Path(folder, part), **ask)
             for key in report["missing_keys"]: raise ValueError(f"{key} is missing")
             models[part] = model.float().to(device).eval()
+        trial = lambda: prepare("image", models, 64, cfg, torch.device("meta"))[1]()     # do the parts fit?
+        if cfg.model != "random" and trial().shape[2] != 64: raise ValueError("not a VAE that enlarges by 8")
         return models
-    except (OSError, ValueError, RuntimeError, LookupError, TypeError, safetensors.SafetensorError) as error:
+    except (OSError, ValueError, RuntimeError, LookupError, TypeError, AttributeError, ArithmeticError,
+            safetensors.SafetensorError) as error:
         require(False, f"--model {cfg.model}: {' '.join(str(error).split())[:200]}")
 # -------------------------------------------------------------------------------------------------------- Run
 def walk_back(unet, x, prompts, steps, split):
@@ -220,12 +223,11 @@ def recite(gpt, tokens, kept, coarse):
         past = now if kept else 0
     return torch.cat(logits)
 def train(unet, x, prompts, adamw):
-    """Two steps with AdamW; or one without, where a gradient goes as soon as it has come, as it can if used
-    within the backward pass. -> the gradient that has the longest way"""
+    """Two steps with AdamW; or one without, where gradients go as they come. -> that with the longest way"""
     optimizer = torch.optim.AdamW(unet.parameters(), foreach=False) if adamw else None
     def arrived(w):
         if Meter.running: Meter.running.note([w.grad], "gradients")
-        if not adamw and w is not unet.conv_in.weight: w.grad = None
+        if not adamw and w is not unet.conv_in.weight: w.grad = None             # as if it were used at once
     for w in unet.parameters(): w.register_post_accumulate_grad_hook(arrived)
     for _ in range(1 + adamw):
         unet.zero_grad(); loss = unet(x, 500, prompts).sample.square().mean()
@@ -242,12 +244,12 @@ def prepare(row, models, size, cfg, device):
     has, side, dice = row.split().__contains__, size // 8, torch.Generator().manual_seed(cfg.seed)
     if has("gpt"):
         transformers.AttentionInterface.register("remember", remember)
-        models["gpt"].set_attn_implementation("remember")
-        gpt, tokens = models["gpt"], torch.randint(97, (1, min(size, 1024)), generator=dice).to(device)
+        (gpt := twin(models["gpt"], lambda w: w.to(device))).set_attn_implementation("remember")
+        tokens = torch.randint(97, (1, min(size, 1024)), generator=dice).to(device)
         return [*gpt.parameters()], lambda: recite(gpt, tokens, {} if has("cache") else None, has("int8"))
     dtype = (torch.float16 if device.type == "cuda" else torch.bfloat16) if has("half") else torch.float32
-    unet = twin(models["unet"], lambda w: w.to(torch.float8_e4m3fn if has("fp8") and w.ndim > 1 else dtype))
-    vae = twin(models["vae"], lambda w: w.to(dtype)) if has("vae") or has("image") else None
+    unet = twin(models["unet"], lambda w: w.to(device, (dtype, torch.float8_e4m3fn)[has("fp8") * w.ndim > 1]))
+    vae = twin(models["vae"], lambda w: w.to(device, dtype)) if has("vae") or has("image") else None
     unet.set_attn_processor(attend(fused if has("fused") else sliced if has("sliced") else naive,
                                    {} if has("cache") else None))
     unet.apply(lambda m: has("int8") and isinstance(m, (nn.Linear, nn.Conv2d)) and quantise(m))
@@ -373,14 +375,12 @@ def main(cfg):
     rows = [row for row in ROWS.split(", ") if "all" in asked or " " not in row or asked & {*row.split()}]
     device, meta = pick_device(cfg.device), torch.device("meta")
     save(cfg.out, ".started", Path.touch)            # an --out that cannot be written shows now, not later
-    run_checks()
-    torch.manual_seed(cfg.seed)
-    models = load(cfg, device)
+    diffusers.logging.set_verbosity_error(); diffusers.logging.disable_progress_bar()
+    gc.freeze(); run_checks(); torch.manual_seed(cfg.seed)
+    models = load(cfg, device); gc.freeze()          # what is there by now need not be searched each time
     print(f"week 11 | {device}, float32 | torch {torch.__version__} | weights: {cfg.model}")
-    skeletons = {part: twin(model, lambda w: w.to(meta)) for part, model in models.items()}
-    gc.freeze()                                      # what is there by now need not be searched each time
-    predicted = run(skeletons, cfg.predict, cfg, meta, rows)
-    same = predicted if cfg.predict == cfg.size else run(skeletons, cfg.size, cfg, meta, rows)
+    predicted = run(models, cfg.predict, cfg, meta, rows)
+    same = predicted if cfg.predict == cfg.size else run(models, cfg.size, cfg, meta, rows)
     measured = run(models, cfg.size, cfg, device, rows, same)
     if device.type == "cpu" and measured:            # where AdamW counts its steps, whatever the device
         peaks = [[f[row]["peak_bytes"] for row in measured if "adamw" not in row] for f in (measured, same)]

@@ -1,7 +1,7 @@
 # /// script
 # requires-python = ">=3.10"
 # dependencies = ["torch>=2.9", "transformers>=5.1", "diffusers>=0.36", "huggingface-hub>=1.3",
-#                 "safetensors>=0.4.5", "pillow>=10.1"]
+#                 "safetensors>=0.4.5", "pillow>=10.1", "tokenizers>=0.22"]
 # ///
 """Week 12: a router that injects LoRA adapters. Each prompt gets the adapter of the style that it asks for.
 Paper: Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models" (week 9 makes such adapters).
@@ -17,7 +17,7 @@ import argparse, copy, http.client, inspect, json, math, os, random, re, statist
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import get_args
-import diffusers, huggingface_hub as hub, safetensors.torch, torch, transformers, urllib.request
+import diffusers, huggingface_hub as hub, safetensors.torch, tokenizers, torch, transformers, urllib.request
 from PIL import Image, ImageDraw, ImageFont
 from torch import nn
 # ----------------------------------------------------------------------------------------------------- Config
@@ -114,9 +114,8 @@ def fit_router(sd, wanted, each=400, decay=1e-4):
             texts.append(" ".join(words))
     x, y = features(sd, texts).double(), torch.eye(1 + len(names)).double()[:, 1:].repeat_interleave(each, 0)
     W = torch.linalg.solve(x.T @ x + decay * x.norm() ** 2 / len(x.T) * torch.eye(len(x.T)), x.T @ y).float()
-    return lambda prompts, threshold: [
-        (names[p.argmax()], p.max().item()) if p.max() >= threshold else ("", 0.0)
-        for p in (features(sd, prompts) @ W).clamp(0, 1)]
+    return lambda prompts, least: [(names[p.argmax()], p.max().item()) if p.max() >= least else ("", 0.0)
+                                   for p in (features(sd, prompts) @ W).clamp(0, 1)]
 # ----------------------------------------------------------------------------------------------------- Checks
 def run_checks():
     """One batch of samples that wear different adapters, against weights with the update added by hand."""
@@ -203,7 +202,8 @@ def load(model, tiny):
     try: tiny or Path(model).is_dir() or urllib.request.urlopen(hub.constants.ENDPOINT, timeout=4).close()
     except (OSError, ValueError, http.client.HTTPException): tiny = True       # a silent hub: what is cached
     try:
-        for file in Path(model, "tokenizer").glob("*.json"): json.loads(file.read_bytes())  # is it whole?
+        for file in Path(model).glob("*/*.json"): {**json.loads(file.read_bytes())}             # is it whole?
+        for file in Path(model).glob("*/tokenizer.json"): tokenizers.Tokenizer.from_buffer(file.read_bytes())
         return diffusers.StableDiffusionPipeline.from_pretrained(
             model, use_safetensors=True, dtype=torch.float32, local_files_only=tiny, **dict.fromkeys(none))
     except (OSError, ValueError, RuntimeError, LookupError, TypeError, AttributeError, ArithmeticError,

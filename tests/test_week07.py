@@ -554,7 +554,17 @@ def heads_by_name(folder):
     path.write_text(json.dumps(json.loads(path.read_text()) | dict(num_attention_heads="two")))
 
 
-BROKEN = [no_json_in_the_tokenizer, heads_by_name, no_part, no_weights, truncated, pickled, no_json, other_width, other_depth, other_words, other_latent,
+def wrong_field_in_the_tokenizer(folder):
+    path = folder / "tokenizer" / "tokenizer.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | dict(version=3)))
+
+
+def list_for_a_config(folder):
+    (folder / "unet" / "config.json").write_text("[]")
+
+
+BROKEN = [wrong_field_in_the_tokenizer, list_for_a_config, no_json_in_the_tokenizer, heads_by_name, no_part,
+          no_weights, truncated, pickled, no_json, other_width, other_depth, other_words, other_latent,
           no_tokenizer, empty_tokenizer, large_tokenizer]  # fmt: skip
 
 

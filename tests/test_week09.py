@@ -589,6 +589,18 @@ def test_a_vocabulary_of_another_size_is_refused(tmp_path, refused):
     refused(week.load, str(tmp_path / "sd"), True, names=["--model", "unfit parts"])
 
 
+def test_a_tokenizer_with_a_wrong_field_is_refused(tmp_path, refused):
+    tiny_sd(tmp_path / "sd")
+    for part, field, value in (("tokenizer/tokenizer.json", "version", 3), ("tokenizer/tokenizer.json", "model", "x")):
+        file = tmp_path / "sd" / part
+        kept = file.read_text()
+        file.write_text(json.dumps(json.loads(kept) | {field: value}))
+        refused(week.load, str(tmp_path / "sd"), True, names=[f"--model {tmp_path}"])
+        file.write_text(kept)
+    (tmp_path / "sd" / "unet" / "config.json").write_text("[]")
+    refused(week.load, str(tmp_path / "sd"), True, names=[f"--model {tmp_path}", "mapping"])
+
+
 # --------------------------------------------------------------------------------------------- your own pictures
 
 

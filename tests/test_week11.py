@@ -5,6 +5,7 @@ import json
 import math
 import re
 import shutil
+import warnings
 from types import SimpleNamespace
 
 import diffusers
@@ -710,14 +711,66 @@ def test_a_broken_model_is_refused(harm, folder, tmp_path, refused):
     refused(call, week, "--tiny", "--out", tmp_path / "out", "--model", broken, names=["--model", str(broken)])
 
 
-def test_an_id_of_the_hub_is_looked_for_in_the_cache_only(monkeypatch, refused):
-    def nowhere(name, **ask):
-        assert ask["local_files_only"] and ask["use_safetensors"]
-        raise OSError(f"{name} is not\nin the cache")
+@pytest.mark.parametrize("part, field, value", [
+    ("unet", "act_fn", 3), ("unet", "attention_head_dim", 0), ("unet", "block_out_channels", "x"),
+    ("unet", "norm_num_groups", 0), ("unet", "down_block_types", {}), ("unet", "norm_eps", "x"),
+    ("unet", "cross_attention_dim", []), ("unet", "freq_shift", "x"), ("vae", "act_fn", None),
+    ("vae", "block_out_channels", 3), ("vae", "norm_num_groups", 0), ("vae", "layers_per_block", 1.5),
+])  # fmt: skip
+def test_a_field_of_the_wrong_type_is_refused(part, field, value, folder, tmp_path, refused):
+    file = shutil.copytree(folder, tmp_path / "model") / part / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {field: value}))
+    diffusers.logging.set_verbosity_error()
+    refused(week.load, week.Config(tiny=True, model=str(tmp_path / "model")), CPU, names=[f"--model {tmp_path}"])
 
-    for kind in (diffusers.UNet2DConditionModel, diffusers.AutoencoderKL):
-        monkeypatch.setattr(kind, "from_pretrained", nowhere)
-    refused(week.load, week.Config(tiny=True, model="nobody/nothing"), CPU, names=["--model nobody/nothing", "cache"])
+
+def test_parts_of_another_kind_are_refused_before_the_work(folder, tmp_path, refused):
+    model = shutil.copytree(folder, tmp_path / "model")
+    other = diffusers.UNet2DConditionModel(**week.SMALL["unet"] | dict(in_channels=9))  # as those that paint in
+    other.save_pretrained(model / "unet")
+    refused(week.load, week.Config(tiny=True, model=str(model)), CPU, names=["--model", "channel"])
+    shutil.copytree(folder / "unet", model / "unet", dirs_exist_ok=True)
+    config = dict(down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2)
+    diffusers.AutoencoderKL(block_out_channels=(4, 8), norm_num_groups=2, **config).save_pretrained(model / "vae")
+    refused(week.load, week.Config(tiny=True, model=str(model)), CPU, names=["--model", "enlarges by 8"])
+
+
+def test_an_id_of_the_hub_is_looked_for_in_the_cache_only(folder, tmp_path, monkeypatch, refused):
+    def no_network(*_, **__):
+        raise OSError("no network")
+
+    kept, commit = tmp_path / "models--some--one", "1234567890" * 4
+    shutil.copytree(folder, kept / "snapshots" / commit)
+    (kept / "refs").mkdir()
+    (kept / "refs" / "main").write_text(commit)
+    told = dict(_class_name="StableDiffusionPipeline", unet=["diffusers", "UNet2DConditionModel"])
+    (kept / "snapshots" / commit / "model_index.json").write_text(json.dumps(told))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("socket.getaddrinfo", no_network)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = week.load(week.Config(tiny=True, model="some/one"), CPU)
+        expected = week.load(week.Config(tiny=True, model=str(folder)), CPU)
+        assert torch.equal(found["unet"].conv_in.weight, expected["unet"].conv_in.weight)
+        refused(week.load, week.Config(tiny=True, model="nobody/nothing"), CPU, names=["--model nobody/nothing: "])
+
+
+def test_what_keeps_tiny_short(tmp_path, monkeypatch):
+    models = {part: week.twin(model, lambda w: w.to(META)) for part, model in week.load(week.Config(tiny=True), CPU).items()}
+    found = week.run(models, 64, week.Config(), META, ["unet", "vae tiles"])
+    assert len(found["unet"]["trace"]) < 500 and len(found["vae tiles"]["trace"]) < 2000
+    monkeypatch.setattr(week, "run_checks", lambda: week.sys.exit(week.gc.get_freeze_count()))
+    week.gc.unfreeze()
+    with pytest.raises(SystemExit) as stop:
+        call(week, "--tiny", "--out", tmp_path / "out")
+    week.gc.unfreeze()
+    assert stop.value.code > 0, "what the libraries made need not be searched for garbage before each row"
+
+
+def test_the_library_is_told_to_keep_quiet(tmp_path, monkeypatch, refused):
+    monkeypatch.setattr(week, "load", lambda *_: week.require(diffusers.logging.get_verbosity() < 40, "quiet"))
+    diffusers.logging.set_verbosity_warning()
+    refused(call, week, "--tiny", "--out", tmp_path / "out", names=["quiet"])
 
 
 def test_where_nothing_fits_nothing_is_run(tmp_path, capsys):

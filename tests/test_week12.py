@@ -4,6 +4,7 @@ import copy
 import gc
 import io
 import json
+import shutil
 import math
 import weakref
 from pathlib import Path
@@ -544,6 +545,14 @@ def test_mistakes(flags, made, refused, tmp_path):
     if flags[0] == "--budget":
         flags = ("--model", str(made / "base"), "--adapters", str(made / "adapters"), *flags)
     refused(call, week, "--tiny", *flags, names=())
+
+
+def test_a_base_with_a_wrong_field_is_refused(made, refused, tmp_path):
+    for part, junk in (("tokenizer/tokenizer.json", dict(version=3)), ("unet/config.json", None)):
+        base = shutil.copytree(made / "base", tmp_path / part / "base")
+        told = json.loads((base / part).read_text())
+        (base / part).write_text(json.dumps(told | junk if junk else [*told]))
+        refused(week.load, str(base), True, names=(f"--model {base}: ",))
 
 
 def test_broken_base_and_empty_folder(made, refused, tmp_path):
