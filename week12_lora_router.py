@@ -114,8 +114,8 @@ def fit_router(sd, wanted, each=400, decay=1e-4):
     x, y = features(sd, texts).double(), torch.eye(1 + len(names)).double()[:, 1:].repeat_interleave(each, 0)
     W = torch.linalg.solve(x.T @ x + decay * x.norm() ** 2 / len(x.T) * torch.eye(len(x.T)), x.T @ y).float()
     score = lambda prompts: (features(sd, prompts) @ W).clamp(0, 1)                  # (N, number of adapters)
-    return lambda prompts, threshold: [(names[p.argmax()], p.max().item()) if p.max() >= threshold else ("", 0.0)
-                                       for p in score(prompts)]
+    choose = lambda p, least: (names[p.argmax()], p.max().item()) if p.max() >= least else ("", 0.0)
+    return lambda prompts, threshold: [choose(p, threshold) for p in score(prompts)]
 # ----------------------------------------------------------------------------------------------------- Checks
 def run_checks():
     """One batch of samples that wear different adapters, against weights with the update added by hand."""
