@@ -568,6 +568,7 @@ BROKEN = [wrong_field_in_the_tokenizer, list_for_a_config, no_json_in_the_tokeni
           no_tokenizer, empty_tokenizer, large_tokenizer]  # fmt: skip
 
 
+@pytest.mark.filterwarnings("error::FutureWarning")  # of diffusers, where a configuration is a list
 @pytest.mark.parametrize("how", BROKEN, ids=lambda how: how.__name__)
 def test_a_broken_folder_is_refused(folder, tmp_path, refused, how):
     shutil.copytree(folder, tmp_path / "copy")

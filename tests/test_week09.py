@@ -589,6 +589,7 @@ def test_a_vocabulary_of_another_size_is_refused(tmp_path, refused):
     refused(week.load, str(tmp_path / "sd"), True, names=["--model", "unfit parts"])
 
 
+@pytest.mark.filterwarnings("error::FutureWarning")  # of diffusers, where a configuration is a list
 def test_a_tokenizer_with_a_wrong_field_is_refused(tmp_path, refused):
     tiny_sd(tmp_path / "sd")
     for part, field, value in (("tokenizer/tokenizer.json", "version", 3), ("tokenizer/tokenizer.json", "model", "x")):

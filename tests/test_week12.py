@@ -4,8 +4,8 @@ import copy
 import gc
 import io
 import json
-import shutil
 import math
+import shutil
 import weakref
 from pathlib import Path
 
@@ -547,6 +547,7 @@ def test_mistakes(flags, made, refused, tmp_path):
     refused(call, week, "--tiny", *flags, names=())
 
 
+@pytest.mark.filterwarnings("error::FutureWarning")  # of diffusers, where a configuration is a list
 def test_a_base_with_a_wrong_field_is_refused(made, refused, tmp_path):
     for part, junk in (("tokenizer/tokenizer.json", dict(version=3)), ("unet/config.json", None)):
         base = shutil.copytree(made / "base", tmp_path / part / "base")
