@@ -438,6 +438,16 @@ def test_the_learning_rate_rises_then_falls(monkeypatch):
     assert seen[49] == pytest.approx(1.0) and seen[-1] == pytest.approx(0, abs=1e-9)
 
 
+def test_the_loss_is_the_mean_square(monkeypatch, capsys):
+    made = []
+    monkeypatch.setattr(torch.optim.AdamW, "step", lambda self: made.append(self.defaults))
+    model, plan, _, cfg, device = small(steps=1, target="x0")
+    torch.nn.init.zeros_(model.out.weight), torch.nn.init.zeros_(model.out.bias)
+    week.train(model, plan, lambda n: torch.full((n, 2), 3.0), cfg, device)
+    assert "loss 9.0000" in capsys.readouterr().out
+    assert made[0]["betas"] == (0.9, 0.99) and made[0]["weight_decay"] == 0
+
+
 def test_each_flag_of_the_training_matters():
     def weights(**flags):
         return flat(week.train(*small(**{"steps": 7, **flags}))[1])
