@@ -226,7 +226,7 @@ def load_mnist(folder, tiny):
         train, test = datasets.MNIST(folder, train=True), datasets.MNIST(folder, train=False)
         return train.data, train.targets, test.data, test.targets, "MNIST"
     except (OSError, RuntimeError, ValueError, AssertionError) as error:
-        reason = str(error).splitlines()[-1].strip()
+        reason = str(error).strip().rpartition("\n")[2] or "no idx file"
         require(not raw.is_dir(), f"--data {folder}: {raw} is broken ({reason}); delete it to download again")
         print(f"no MNIST in {raw} ({reason}). Instead, digits drawn with Pillow's font: another accuracy.")
     images, labels = drawn_digits(3500 if tiny else 70_000)

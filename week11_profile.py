@@ -375,13 +375,13 @@ def main(cfg):
     rows = [row for row in ROWS.split(", ") if "all" in asked or " " not in row or asked & {*row.split()}]
     device, meta = pick_device(cfg.device), torch.device("meta")
     save(cfg.out, ".started", Path.touch)            # an --out that cannot be written shows now, not later
-    diffusers.logging.set_verbosity_error(); diffusers.logging.disable_progress_bar()
-    gc.freeze(); run_checks(); torch.manual_seed(cfg.seed)
-    models = load(cfg, device); gc.freeze()          # what is there by now need not be searched each time
+    diffusers.logging.set_verbosity_error(); diffusers.logging.disable_progress_bar(); gc.freeze()
+    run_checks(); torch.manual_seed(cfg.seed); models = load(cfg, device); gc.freeze()  # no need to search it
     print(f"week 11 | {device}, float32 | torch {torch.__version__} | weights: {cfg.model}")
     predicted = run(models, cfg.predict, cfg, meta, rows)
     same = predicted if cfg.predict == cfg.size else run(models, cfg.size, cfg, meta, rows)
-    measured = run(models, cfg.size, cfg, device, rows, same)
+    try: measured = run(models, cfg.size, cfg, device, rows, same)         # "offload" puts gigabytes in --out
+    except OSError as error: require(False, f"--out {cfg.out}: cannot write weights ({error.strerror})")
     if device.type == "cpu" and measured:            # where AdamW counts its steps, whatever the device
         peaks = [[f[row]["peak_bytes"] for row in measured if "adamw" not in row] for f in (measured, same)]
         check("peaks measured == peaks predicted on meta", *peaks, 0)

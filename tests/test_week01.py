@@ -312,16 +312,25 @@ def test_mnist_is_read_as_it_was_written(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "file, keep", [("train-images-idx3-ubyte", 0.5), ("t10k-labels-idx1-ubyte", 0), ("train-labels-idx1-ubyte", None)]
+    "file, keep",
+    [
+        ("train-images-idx3-ubyte", 0.5),
+        ("t10k-labels-idx1-ubyte", 0),
+        ("train-labels-idx1-ubyte", None),
+        ("train-images-idx3-ubyte", "another kind of file"),
+    ],
 )
 def test_broken_mnist_is_refused(tmp_path, refused, file, keep):
     write_mnist(tmp_path)
     path = tmp_path / "MNIST" / "raw" / file
     if keep is None:
         path.unlink()
+    elif isinstance(keep, str):
+        path.write_bytes(struct.pack(">I", 0x0F09) + path.read_bytes()[4:])  # torchvision's error has no words
     else:
         path.write_bytes(path.read_bytes()[: int(keep * path.stat().st_size)])
-    refused(week.load_mnist, str(tmp_path), True, names=["--data", str(tmp_path)])
+    err = refused(week.load_mnist, str(tmp_path), True, names=["--data", str(tmp_path), "is broken ("])
+    assert "broken ()" not in err, "and why"
 
 
 class Mirror:

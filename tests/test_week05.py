@@ -328,7 +328,10 @@ def test_without_dice_ddpm_shrinks_to_the_middle():
     assert spread(config()) == pytest.approx(1, abs=0.05) and spread(config(ablate="noise")) < 0.3
 
 
-@pytest.mark.parametrize("calls, times", [(1, [20, 0]), (3, [20, 13, 7, 0]), (4, [20, 15, 10, 5, 0]), (0, list(range(20, -1, -1)))])
+@pytest.mark.parametrize(
+    "calls, times",
+    [(1, [20, 0]), (3, [20, 13, 7, 0]), (4, [20, 15, 10, 5, 0]), (0, list(range(20, -1, -1)))],
+)
 def test_ddim_takes_the_calls_that_it_is_given(calls, times):
     plan = week.Schedule("cosine", 20)
     oracle = Oracle(plan, "v", torch.zeros(2), 0.5)
@@ -438,6 +441,16 @@ def test_the_learning_rate_rises_then_falls(monkeypatch):
     assert seen[49] == pytest.approx(1.0) and seen[-1] == pytest.approx(0, abs=1e-9)
 
 
+def test_the_loss_is_the_mean_square(monkeypatch, capsys):
+    made = []
+    monkeypatch.setattr(torch.optim.AdamW, "step", lambda self: made.append(self.defaults))
+    model, plan, _, cfg, device = small(steps=1, target="x0")
+    torch.nn.init.zeros_(model.out.weight), torch.nn.init.zeros_(model.out.bias)
+    week.train(model, plan, lambda n: torch.full((n, 2), 3.0), cfg, device)
+    assert "loss 9.0000" in capsys.readouterr().out
+    assert made[0]["betas"] == (0.9, 0.99) and made[0]["weight_decay"] == 0
+
+
 def test_each_flag_of_the_training_matters():
     def weights(**flags):
         return flat(week.train(*small(**{"steps": 7, **flags}))[1])
@@ -488,6 +501,19 @@ def test_a_digit_dissolves_row_by_row():
         assert left(row, 2) > left(row, 6) or row == 4
         assert (abs(left(row, 9)) < 15) == (row < 4), "only betas that are not rescaled leave something"
     assert left(2, 4) > left(0, 4) + 40, "the cosine keeps more of the data in the middle"
+
+
+def test_the_numbers_under_the_digits_are_decibels(monkeypatch):
+    said, write = [], week.ImageDraw.ImageDraw.text
+    monkeypatch.setattr(
+        week.ImageDraw.ImageDraw, "text", lambda pen, xy, text, *rest: (said.append(text), write(pen, xy, text, *rest))
+    )
+    week.draw_digit(torch.zeros(28, 28, dtype=torch.uint8), 100)
+    found = [text for text in said if " dB at " in text]
+    assert len(found) == 5 * 9 and said.count("clean") == 5
+    plan = week.Schedule("linear", 100)
+    assert found[:9] == [f"{plan.snr(t):.0f} dB at {t}" for t in (11, 22, 33, 44, 56, 67, 78, 89, 100)]
+    assert found[-1] == f"{week.Schedule('linear', 100, rescale=False).snr(100):.0f} dB at 100"
 
 
 @pytest.fixture(scope="module")
@@ -544,6 +570,9 @@ def test_the_film_goes_from_noise_to_the_cloud(trained):
     assert reach[0] > 140 > reach[1], "the spirals end at 2 of 3, the noise goes on"
     with Image.open(trained[1] / "reverse.png") as page:
         assert page.size == (1480, 270)
+        for k, reaches in enumerate([True, None, None, None, None, False, False]):
+            y, x = np.nonzero(np.asarray(page.convert("L"))[40:240, 20 + 208 * k :][:, :200] < 200)
+            assert reaches is None or (np.hypot(x - 100, y - 100).max() > 87) == reaches, "noise first, data last"
 
 
 def test_the_first_test_digit_is_drawn(tmp_path, monkeypatch):
