@@ -1,5 +1,6 @@
 """Week 2: attention, positions and blocks against torch, in float64 and with a prime number of everything."""
 
+import itertools
 import json
 import math
 import os
@@ -129,12 +130,12 @@ def test_multi_head_attention_keeps_its_weights_only_for_reading(x):
 
 
 def test_query_key_normalisation_compares_directions(x):
-    for qk_norm in (True, False):
+    for qk_norm, longer in itertools.product((True, False), ("q_proj", "k_proj")):
         attention = shaken(week.MultiHeadAttention(C, H, qk_norm))
         before = attention(x, x)
         with torch.no_grad():
-            attention.q_proj.weight.mul_(3)
-            attention.q_proj.bias.mul_(3)
+            for w in attention.get_submodule(longer).parameters():
+                w.mul_(3)
         assert ((attention(x, x) - before).abs().max() < 1e-3) == qk_norm
 
 

@@ -3,6 +3,7 @@
 import json
 import math
 import re
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -597,6 +598,19 @@ def test_flags_reach_the_schedule(tmp_path):
     assert run("--schedule", "scaled", "--timesteps", 31) == week.Schedule("scaled", 31).alpha_bar[-1]
     short = week.Schedule("linear", 20, rescale=False).alpha_bar[-1]
     assert run("--schedule", "linear", "--ablate", "rescale") == short
+
+
+def test_sampling_is_timed_for_one_set_of_points(tmp_path, monkeypatch):
+    clock, sample = [0.0], week.sample
+
+    def tick(seconds=1e-3):
+        clock[0] += seconds
+        return clock[0]
+
+    monkeypatch.setattr(week, "time", SimpleNamespace(perf_counter=tick))
+    monkeypatch.setattr(week, "sample", lambda *args: (tick(10), sample(*args))[1])
+    figures = call(week, "--tiny", "--out", tmp_path, "--steps", 2)
+    assert figures["sample_seconds"] == pytest.approx(10, abs=0.1) and figures["train_seconds"] < 1
 
 
 def test_flags_reach_the_network(tmp_path):

@@ -526,12 +526,19 @@ def test_what_is_rotated():
     assert 0.9 < week.specialise("none", 8, 5, 1)[0] < 1.6, "a layer that learned nothing has all of the error"
 
 
+def test_the_rotations_are_learned_at_a_rate_that_falls(monkeypatch):
+    seen, step = [], torch.optim.Adam.step
+    monkeypatch.setattr(torch.optim.Adam, "step", lambda self: seen.append(self.param_groups[0]["lr"]) or step(self))
+    week.specialise("loss", 8, 5, 40)
+    assert seen[0] == seen[20] == 0.01 and seen[30] == pytest.approx(0.005) and seen[40] == 0 and len(seen) == 41
+
+
 def test_time_layers_compares_with_the_dense_layer(monkeypatch):
     clock, seen = [0.0], []
     cost = {1: 2.0, 4: 6.0}
 
     def forward(self, x):
-        clock[0] += cost[len(self.router)] * (1 + (self.dispatch is week.padded))
+        clock[0] += cost[len(self.router)] * (1 + (self.dispatch is week.padded)) / (2 if len(seen) < 3 else 1)
         seen.append((len(self.router), self.dispatch, x.shape, self.w_in.grad))
         return (x * self.w_in.sum(), x.sum())
 
@@ -540,6 +547,9 @@ def test_time_layers_compares_with_the_dense_layer(monkeypatch):
     assert week.time_layers(4, 10, "cpu", [week.grouped, week.padded], 3, 8) == pytest.approx([2000, 6000, 12000])
     assert seen[:3] == [(1, None, (10, 8), None), (4, week.grouped, (10, 8), None), (4, week.padded, (10, 8), None)]
     assert len(seen) == 12 and all(grad is None for *_, grad in seen)
+    seen.clear()
+    once = week.time_layers(4, 10, "cpu", [week.grouped, week.padded], 1, 8)
+    assert once == pytest.approx([2000, 6000, 12000]), "the first, which warms up and is quicker here, does not count"
 
 
 # ---------------------------------------------------------------------------------------------- the whole
@@ -558,8 +568,14 @@ def test_the_figures_of_a_run(tiny):
 
 
 def test_load_and_drops_are_those_of_the_whole_validation_text(tmp_path, monkeypatch):
-    kept, original = [], week.train
-    monkeypatch.setattr(week, "train", lambda model, *rest: kept.append(model) or original(model, *rest))
+    kept, starts, original = [], [], week.train
+
+    def train(model, ids, val, *rest):
+        kept.append(model)
+        starts.append((model.blocks[0].qkv_proj.weight.detach().clone(), val))
+        return original(model, ids, val, *rest)
+
+    monkeypatch.setattr(week, "train", train)
     monkeypatch.setattr(week, "time_layers", lambda *args: [1.0, 2.0, 30.0])
     monkeypatch.setattr(week, "specialise", lambda *args: (0.5, 1.0, [torch.ones(8) / 8] * 3))
     flags = "--tiny", "--steps", 3, "--out", tmp_path
@@ -570,13 +586,15 @@ def test_load_and_drops_are_those_of_the_whole_validation_text(tmp_path, monkeyp
     assert layers[0].expert.shape == (9984, 2), "312 windows of 32 characters"
     loads = [layer.expert.flatten().bincount(minlength=4) for layer in layers]
     assert figures["max_over_mean_load"] == pytest.approx(max((n.max() / n.float().mean()).item() for n in loads))
+    assert figures["bits"] == week.bits(starts[0][1][:9984], layers[-1].expert[:, 0]), "of the last block"
+    assert torch.equal(starts[0][0], starts[1][0]), "dense and sparse start alike"
     seats = math.ceil(2 * 9984 / 4 * 1.25)
     lost = sum((n - seats).clamp(min=0).sum().item() for n in loads) / (2 * 2 * 9984)
     assert figures["dropped_fraction"] == pytest.approx(lost)
     assert (figures["slowdown_vs_dense"], figures["speedup_vs_onehot"]) == (2.0, 15.0)
     assert quietly(call, week, *flags, "--ablate", "capacity")[0]["dropped_fraction"] == 0
     alone = {flag: quietly(call, week, *flags, "--seed", flag)[0]["val_loss"] for flag in (1, 2)}
-    assert alone[1] != alone[2]
+    assert alone[1] != alone[2] and not torch.equal(starts[-4][0], starts[-1][0])
 
 
 def test_balance_is_worth_something():
