@@ -227,6 +227,10 @@ def test_block_is_torch_s_decoder_layer(x, memory, pre_norm):
 def test_dropout_acts_in_training_only(x, pre_norm):
     block = week.TransformerBlock(C, H, 11, pre_norm=pre_norm, dropout=0.5).double()
     assert not torch.equal(block(x), block(x))
+    if pre_norm:
+        block.dropout.p = 0.9
+        untouched = sum((block(x) == x).double().mean().item() for _ in range(50)) / 50
+        assert untouched == pytest.approx(0.81, abs=0.05), "what is dropped is the answer of a sub-layer, never x"
     block.eval()
     assert torch.equal(block(x), block(x))
     assert all(block.dropout.p == 0.3 for block in gpt(dropout=0.3).blocks)
@@ -387,6 +391,7 @@ def test_muon_takes_the_matrices_and_adamw_the_rest():
     assert matrices | rest == set(names.values()) and not matrices & rest
     assert (adamw.defaults["lr"], muon.defaults["lr"]) == (0.015, 0.03)
     assert adamw.defaults["weight_decay"] == muon.defaults["weight_decay"] == 0
+    assert adamw.defaults["betas"] == (0.9, 0.99)
     for ablate in ("muon", "all"):
         (only,) = week.make_optimizers(model, config(ablate=ablate))
         assert isinstance(only, torch.optim.AdamW) and len(only.param_groups[0]["params"]) == len(names)

@@ -117,6 +117,15 @@ def test_without_an_adapter_the_base_bit_for_bit():
     assert torch.equal(model(x), base(x)), "no adapter has no weight"
 
 
+def test_no_more_slots_than_half_the_rows_of_the_gate():
+    """The pipeline asks with the prompts and without them: 32 prompts, each with an adapter of its own, fill it."""
+    _, _, closet = wardrobe(40, **{f"p{n}": adapter(1, n) for n in range(40)})
+    assert closet.S == 32 and len(closet.gate) == 64
+    closet.wear([("", 0.0)] * 64)
+    _, _, closet = wardrobe(40, p=adapter(1, 1), q=adapter(1, 2))
+    assert closet.S == 2
+
+
 def test_two_dimensions_three_and_four():
     layer = nn.Linear(I, O).double()
     model = nn.Sequential(layer)
