@@ -473,6 +473,11 @@ def test_windows_come_from_all_over_the_text(monkeypatch):
     assert ((torch.cat(seen)[:, 1:] - torch.cat(seen)[:, :-1]) % 13 == 1).all()
 
 
+def test_the_shortest_text_is_one_window():
+    model, ids, val, cfg, *rest = small(steps=1)
+    week.train(model, ids[: cfg.context + 1], val, cfg, *rest)
+
+
 def test_each_process_takes_its_share_of_the_batch(monkeypatch):
     seen = []
     monkeypatch.setattr(week.nn.parallel, "DistributedDataParallel", lambda model: model)

@@ -430,6 +430,32 @@ def test_a_new_file_is_a_new_route(small):
     assert router(["draw a blue square"], 0.5) == [("", 0.0)]
 
 
+# --------------------------------------------------------------------------------------------------- training
+
+
+def test_training_weighs_seen_pairs_by_their_noise_at_a_rate_that_rises_and_falls(small, monkeypatch, capsys):
+    sd, rates, shown, noised, guessed = copy.deepcopy(small), [], [], [], []
+    monkeypatch.setattr(torch.optim.AdamW, "step", lambda self: rates.append(self.param_groups[0]["lr"]))
+    paint, add_noise = week.paint, sd.scheduler.add_noise
+    monkeypatch.setattr(week, "paint", lambda labels, place: shown.append(labels) or paint(labels, place))
+    monkeypatch.setattr(sd.scheduler, "add_noise", lambda *args: noised.append(args) or add_noise(*args))
+    sd.unet.register_forward_hook(lambda module, given, out: guessed.append(out.sample.detach()))
+    week.train(sd, [*sd.unet.parameters()], ["framed", "plain"], 40, 1.0, week.Config(tiny=True))
+    assert rates[:2] == pytest.approx([0.5, 0.994], abs=1e-3) and max(rates) == rates[1]
+    assert rates[19] == pytest.approx(0.5) and rates[-1] == pytest.approx(0)
+    seen = {(c, s) for c, s in week.PAIRS[week.SEEN].tolist()}
+    assert {(c, s) for c, s, _ in torch.cat(shown).tolist()} <= seen and len(seen) == 18
+    assert [labels[:, 2].tolist() for labels in shown] == [[2, 0, 2, 0]] * 40
+    (x0, _, t), guess, bars = noised[1], guessed[1], sd.scheduler.alphas_cumprod
+    loss = ((guess - x0).square().mean((1, 2, 3)) / (0.1 + (1 - bars[t]).sqrt())).mean().item()
+    assert f"step    2/40 | loss {loss:.4f}" in capsys.readouterr().out
+
+
+def test_what_weeks_9_and_12_draw_and_say_is_the_same():
+    assert torch.equal(week.SEEN, week9.SEEN) and torch.equal(week.PAIRS, week9.PAIRS)
+    assert week.COLORS == week9.COLORS and week.SHAPES == week9.SHAPES and week.TELL == week9.TELL
+
+
 # ---------------------------------------------------------------------------------------------------- serving
 
 
