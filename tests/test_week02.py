@@ -227,6 +227,10 @@ def test_block_is_torch_s_decoder_layer(x, memory, pre_norm):
 def test_dropout_acts_in_training_only(x, pre_norm):
     block = week.TransformerBlock(C, H, 11, pre_norm=pre_norm, dropout=0.5).double()
     assert not torch.equal(block(x), block(x))
+    if pre_norm:
+        block.dropout.p = 0.9
+        untouched = sum((block(x) == x).double().mean().item() for _ in range(50)) / 50
+        assert untouched == pytest.approx(0.81, abs=0.05), "what is dropped is the answer of a sub-layer, never x"
     block.eval()
     assert torch.equal(block(x), block(x))
     assert all(block.dropout.p == 0.3 for block in gpt(dropout=0.3).blocks)
@@ -387,6 +391,7 @@ def test_muon_takes_the_matrices_and_adamw_the_rest():
     assert matrices | rest == set(names.values()) and not matrices & rest
     assert (adamw.defaults["lr"], muon.defaults["lr"]) == (0.015, 0.03)
     assert adamw.defaults["weight_decay"] == muon.defaults["weight_decay"] == 0
+    assert adamw.defaults["betas"] == (0.9, 0.99)
     for ablate in ("muon", "all"):
         (only,) = week.make_optimizers(model, config(ablate=ablate))
         assert isinstance(only, torch.optim.AdamW) and len(only.param_groups[0]["params"]) == len(names)
@@ -466,6 +471,11 @@ def test_windows_come_from_all_over_the_text(monkeypatch):
     starts = torch.cat(seen)[:, 0].bincount(minlength=13)
     assert torch.cat(seen).shape == (200 * 16, 11) and starts.min() > 0.7 * starts.float().mean()
     assert ((torch.cat(seen)[:, 1:] - torch.cat(seen)[:, :-1]) % 13 == 1).all()
+
+
+def test_the_shortest_text_is_one_window():
+    model, ids, val, cfg, *rest = small(steps=1)
+    week.train(model, ids[: cfg.context + 1], val, cfg, *rest)
 
 
 def test_each_process_takes_its_share_of_the_batch(monkeypatch):

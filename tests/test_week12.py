@@ -118,6 +118,15 @@ def test_without_an_adapter_the_base_bit_for_bit():
     assert torch.equal(model(x), base(x)), "no adapter has no weight"
 
 
+def test_no_more_slots_than_half_the_rows_of_the_gate():
+    """The pipeline asks with the prompts and without them: 32 prompts, each with an adapter of its own, fill it."""
+    _, _, closet = wardrobe(40, **{f"p{n}": adapter(1, n) for n in range(40)})
+    assert closet.S == 32 and len(closet.gate) == 64
+    closet.wear([("", 0.0)] * 64)
+    _, _, closet = wardrobe(40, p=adapter(1, 1), q=adapter(1, 2))
+    assert closet.S == 2
+
+
 def test_two_dimensions_three_and_four():
     layer = nn.Linear(I, O).double()
     model = nn.Sequential(layer)
@@ -420,6 +429,52 @@ def test_a_new_file_is_a_new_route(small):
     assert router(["the sun and a red circle"], 0.5)[0][0] == "beach"
     assert router(["zebra stripes on a square"], 0.5)[0][0] == "striped"
     assert router(["draw a blue square"], 0.5) == [("", 0.0)]
+
+
+# --------------------------------------------------------------------------------------------------- training
+
+
+def test_training_weighs_seen_pairs_by_their_noise_at_a_rate_that_rises_and_falls(small, monkeypatch, capsys):
+    sd, rates, shown, noised, guessed = copy.deepcopy(small), [], [], [], []
+    monkeypatch.setattr(torch.optim.AdamW, "step", lambda self: rates.append(self.param_groups[0]["lr"]))
+    paint, add_noise = week.paint, sd.scheduler.add_noise
+    monkeypatch.setattr(week, "paint", lambda labels, place: shown.append(labels) or paint(labels, place))
+    monkeypatch.setattr(sd.scheduler, "add_noise", lambda *args: noised.append(args) or add_noise(*args))
+    clipped, clip = [], nn.utils.clip_grad_norm_
+    monkeypatch.setattr(nn.utils, "clip_grad_norm_", lambda ws, top: clipped.append((len(ws), top)) or clip(ws, top))
+    sd.unet.register_forward_hook(lambda module, given, out: guessed.append(out.sample.detach()))
+    week.train(sd, [*sd.unet.parameters()], ["framed", "plain"], 40, 1.0, week.Config(tiny=True))
+    assert rates[:2] == pytest.approx([0.5, 0.994], abs=1e-3) and max(rates) == rates[1]
+    assert rates[19] == pytest.approx(0.5) and rates[-1] == pytest.approx(0)
+    assert clipped == [(len([*sd.unet.parameters()]), 1.0)] * 40
+    seen = {(c, s) for c, s in week.PAIRS[week.SEEN].tolist()}
+    assert {(c, s) for c, s, _ in torch.cat(shown).tolist()} <= seen and len(seen) == 18
+    assert [labels[:, 2].tolist() for labels in shown] == [[2, 0, 2, 0]] * 40
+    (x0, _, t), guess, bars = noised[1], guessed[1], sd.scheduler.alphas_cumprod
+    loss = ((guess - x0).square().mean((1, 2, 3)) / (0.1 + (1 - bars[t]).sqrt())).mean().item()
+    assert f"step    2/40 | loss {loss:.4f}" in capsys.readouterr().out
+
+
+def test_each_style_is_saved_under_its_own_name(tmp_path, monkeypatch):
+    """As if the adapter of a style had learned its style's number everywhere."""
+
+    def train(sd, weights, styles, *rest):
+        closet = rest[3] if len(rest) > 3 else None
+        for style in styles if closet else ():
+            for slot in closet.slots.values():
+                for half, axis in ((slot.A, 0), (slot.B, 1)):
+                    half.data.split(closet.R, axis)[closet.worn[style]].fill_(week.STYLES.index(style))
+
+    monkeypatch.setattr(week, "train", train)
+    week.make(week.Config(tiny=True, out=str(tmp_path)), torch.device("cpu"))
+    for style in week.PHRASES:
+        state = safetensors.torch.load_file(tmp_path / "adapters" / f"{style}.safetensors")
+        assert all((w == week.STYLES.index(style)).all() for w in state.values()), style
+
+
+def test_what_weeks_9_and_12_draw_and_say_is_the_same():
+    assert torch.equal(week.SEEN, week9.SEEN) and torch.equal(week.PAIRS, week9.PAIRS)
+    assert week.COLORS == week9.COLORS and week.SHAPES == week9.SHAPES and week.TELL == week9.TELL
 
 
 # ---------------------------------------------------------------------------------------------------- serving
