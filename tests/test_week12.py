@@ -485,10 +485,10 @@ def test_a_picture_is_right_if_all_of_it_is(monkeypatch):
     monkeypatch.setattr(week, "answer", answer)
     router = lambda texts, threshold: given.append((texts, threshold)) or [("", 0.0)] * len(texts)  # noqa: E731
     closet = SimpleNamespace(adapters=dict.fromkeys(week.PHRASES), S=3)
-    table, log = week.evaluate(None, router, closet, week.Config(tiny=True, threshold=0.37))
+    table, log = week.evaluate(None, router, closet, week.Config(threshold=0.37))
     ((texts, threshold),) = given
-    red = sum(asked[text][0] == 0 for text in texts) / 10
-    assert threshold == 0.37 and len(texts) == len(log) == 10 and 0 < red < 1
+    red = sum(asked[text][0] == 0 for text in texts) / 200
+    assert threshold == 0.37 and len(texts) == len(log) == 200 and 0 < red < 1
     assert table["oracle"] == pytest.approx(dict(color=1, shape=1 - red, style=1, all=1 - red, route=1))
     assert table["base"] == table["router"] and table["base"]["route"] == table["base"]["style"] < 1
 
