@@ -8,6 +8,7 @@ import math
 import shutil
 import weakref
 from pathlib import Path
+from types import SimpleNamespace
 
 import diffusers
 import pytest
@@ -470,6 +471,27 @@ def test_each_style_is_saved_under_its_own_name(tmp_path, monkeypatch):
     for style in week.PHRASES:
         state = safetensors.torch.load_file(tmp_path / "adapters" / f"{style}.safetensors")
         assert all((w == week.STYLES.index(style)).all() for w in state.values()), style
+
+
+def test_a_picture_is_right_if_all_of_it_is(monkeypatch):
+    """Whoever draws here takes the style from the choice, and gives red things the wrong shape."""
+    asked = {text: pair for told in week.UNSEEN.values() for text, pair in week.fill(told).items()}
+    given = []
+
+    def answer(sd, wardrobe, prompts, choices, cfg):
+        labels = [[*asked[text], week.STYLES.index(name or "plain")] for text, (name, _) in zip(prompts, choices)]
+        labels = torch.tensor([[c, (s + (c == 0)) % 4, style] for c, s, style in labels])
+        return week.paint(labels, torch.full((len(labels), 3), 0.5)), labels
+
+    monkeypatch.setattr(week, "answer", answer)
+    router = lambda texts, threshold: given.append((texts, threshold)) or [("", 0.0)] * len(texts)  # noqa: E731
+    closet = SimpleNamespace(adapters=dict.fromkeys(week.PHRASES), S=3)
+    table, log = week.evaluate(None, router, closet, week.Config(threshold=0.37))
+    ((texts, threshold),) = given
+    red = sum(asked[text][0] == 0 for text in texts) / 200
+    assert threshold == 0.37 and len(texts) == len(log) == 200 and 0 < red < 1
+    assert table["oracle"] == pytest.approx(dict(color=1, shape=1 - red, style=1, all=1 - red, route=1))
+    assert table["base"] == table["router"] and table["base"]["route"] == table["base"]["style"] < 1
 
 
 def test_what_weeks_9_and_12_draw_and_say_is_the_same():
