@@ -459,15 +459,18 @@ def test_training_weighs_seen_pairs_by_their_noise_at_a_rate_that_rises_and_fall
 def test_each_style_is_saved_under_its_own_name(tmp_path, monkeypatch):
     """As if the adapter of a style had learned its style's number everywhere."""
 
-    def train(sd, weights, styles, *rest):
-        closet = rest[3] if len(rest) > 3 else None
+    trained = []
+
+    def train(sd, weights, styles, steps, lr, cfg, closet=None):
+        trained.append((styles, steps))
         for style in styles if closet else ():
             for slot in closet.slots.values():
                 for half, axis in ((slot.A, 0), (slot.B, 1)):
                     half.data.split(closet.R, axis)[closet.worn[style]].fill_(week.STYLES.index(style))
 
     monkeypatch.setattr(week, "train", train)
-    week.make(week.Config(tiny=True, out=str(tmp_path)), torch.device("cpu"))
+    week.make(week.Config(tiny=True, out=str(tmp_path), base_steps=7, steps=3), torch.device("cpu"))
+    assert trained == [(["plain"], 7), (week.STYLES[1:], 3)]
     for style in week.PHRASES:
         state = safetensors.torch.load_file(tmp_path / "adapters" / f"{style}.safetensors")
         assert all((w == week.STYLES.index(style)).all() for w in state.values()), style
@@ -492,6 +495,15 @@ def test_a_picture_is_right_if_all_of_it_is(monkeypatch):
     assert threshold == 0.37 and len(texts) == len(log) == 200 and 0 < red < 1
     assert table["oracle"] == pytest.approx(dict(color=1, shape=1 - red, style=1, all=1 - red, route=1))
     assert table["base"] == table["router"] and table["base"]["route"] == table["base"]["style"] < 1
+
+
+def test_the_router_s_choice_has_a_red_frame():
+    rows = [dict(prompts=["a"], choices=[("q", 0.9)]), dict(prompts=["b"], choices=[("", 0.0)])]
+    grey = [torch.zeros(3, 32, 32)] * 2
+    page = week.draw(rows, {"": grey, "p": grey, "q": grey})
+    frames = [[page.getpixel((324 + 100 * j, 82 + 100 * i)) for j in range(3)] for i in range(2)]
+    red, white = (255, 0, 0), (255, 255, 255)
+    assert frames == [[white, white, red], [red, white, white]]
 
 
 def test_what_weeks_9_and_12_draw_and_say_is_the_same():
