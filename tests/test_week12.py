@@ -6,6 +6,7 @@ import io
 import json
 import math
 import shutil
+import statistics
 import weakref
 from pathlib import Path
 from types import SimpleNamespace
@@ -584,6 +585,9 @@ def test_metrics_and_log(made):
     assert found["bytes_adapters"] <= 0.5 * 2**20 and found["swap_ms"] < found["reload_ms"]
     rows = [json.loads(line) for line in (made / "requests.jsonl").read_text().splitlines()]
     assert len(rows) == 10 and {row["bytes"] for row in rows} == {found["bytes_adapters"]}
+    for key, loads in (("swap_ms", False), ("load_ms", True)):
+        times = [row["swap_ms"] for row in rows if bool(row["loaded"]) is loads]
+        assert found[key] == (statistics.median(times) if times else 0) and (times or key == "swap_ms")
     with Image.open(made / "router.png") as page:
         assert page.size == (330 + 500, 84 + 800)
 
