@@ -512,6 +512,19 @@ def test_the_true_classes_from_a_folder(tmp_path, refused):
         file.write_bytes(kept)
 
 
+def test_large_pictures_are_drawn_a_few_at_a_time_and_get_their_own_captions(tmp_path):
+    """60 pictures of the true SD at once would need more memory than a GPU has."""
+    sd, seen = tiny_sd(tmp_path / "sd"), []
+    sd.set_progress_bar_config(disable=True)
+    sd.unet.register_forward_pre_hook(lambda unet, args, kw: seen.append(len(args[0])), with_kwargs=True)
+    captions = ["a red circle", "circle", "red", "a", "a red", "red circle"]
+    drawn, n = week.sample(sd, captions, week.Config(calls=1)), len(captions)
+    assert max(seen) == 2 * 4 and len(drawn) == n, "each with its prompt and without"
+    one = week.sample(sd, [captions[0]] * 4 + [captions[5]] * 2, week.Config(calls=1))
+    assert torch.allclose(drawn[[0, 5]], one[[0, 5]], atol=1e-5) and not torch.allclose(drawn[1:5], one[1:5], atol=1e-5)
+
+
+
 @pytest.mark.parametrize(
     "flags", [("--rank", 0), ("--alpha", "nan"), ("--lr", 0), ("--steps", 10**12), ("--calls", 1001), ("--batch", 0),
               ("--seed", 2**63), ("--rank", 10**9), ("--draws", 0), ("--base-steps", 0), ("--lr", "inf")])  # fmt: skip
