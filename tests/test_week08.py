@@ -101,10 +101,18 @@ def test_each_step_is_week_5_s_ddim_with_guidance(w, eta, monkeypatch):
 
 def test_without_eta_no_dice_are_thrown(monkeypatch):
     eps, y = torch.randn(2, 1, 28, 28), torch.tensor([1, 2])
-    first = week.sample(Spy(), eps, y, 1.5, 4)
+    first = week.sample(Spy(), eps, y, 1.5, 4, 0)
     torch.manual_seed(77)
-    near(week.sample(Spy(), eps, y, 1.5, 4), first, 0)
+    near(week.sample(Spy(), eps, y, 1.5, 4, 0), first, 0)
     assert (week.sample(Spy(), eps, y, 1.5, 4, 0.7) - first).abs().max() > 0.01
+
+
+def test_fresh_noise_is_never_more_than_there_is(monkeypatch):
+    """Of angles that a device rounds up, too: a root of less than 0 would be nan."""
+    sin = torch.Tensor.sin
+    monkeypatch.setattr(torch.Tensor, "sin", lambda t: sin(t) * (1 - 1e-6 * (t > 1.5)))
+    for calls in (1, 2, 7, 20, 31, 50, 100):
+        assert week.sample(Spy(), torch.randn(1, 1, 28, 28), torch.tensor([4]), 1.4, calls).isfinite().all()
 
 
 def test_samples_do_not_depend_on_their_neighbours():
@@ -112,9 +120,9 @@ def test_samples_do_not_depend_on_their_neighbours():
     for w in net.parameters():
         w.data = torch.randn_like(w) * 0.1
     eps, y = torch.randn(5, 1, 28, 28), torch.arange(5)
-    whole = week.sample(net.requires_grad_(False), eps, y, 2, 3)
+    whole = week.sample(net.requires_grad_(False), eps, y, 2, 3, 0)
     for i in range(5):
-        near(week.sample(net, eps[i : i + 1], y[i : i + 1], 2, 3), whole[i : i + 1], 1e-4)
+        near(week.sample(net, eps[i : i + 1], y[i : i + 1], 2, 3, 0), whole[i : i + 1], 1e-4)
 
 
 def test_noise_of_pixels_is_an_angle():
@@ -331,7 +339,7 @@ def test_each_image_goes_to_its_expert(folder, monkeypatch):
     eps = torch.randn(6, 1, 28, 28)
     for i in range(6):
         one = slice(i, i + 1)
-        alone = week.sample(shelf(expert[i].item()), eps[one], y[one], 2.0, folder.calls, 0.7)
+        alone = week.sample(shelf(expert[i].item()), eps[one], y[one], 2.0, folder.calls, 1)
         near(drawn[one], week.to_pixels(alone), 1e-4)
 
 
@@ -342,7 +350,7 @@ def test_many_images_in_parts_are_as_few(folder, monkeypatch):
     out = week.paint(shelf, y * 0 - 1, y, folder)
     torch.manual_seed(3)
     eps = torch.randn(230, 1, 28, 28)
-    near(out, week.to_pixels(week.sample(shelf(-1), eps, y, folder.guidance, 2, 0.7)), 1e-4)
+    near(out, week.to_pixels(week.sample(shelf(-1), eps, y, folder.guidance, 2, 1)), 1e-4)
 
 
 def test_frechet_of_gaussians():
@@ -736,6 +744,27 @@ def test_the_judge_s_figures_are_true(finished):
     assert ours / week.frechet(inner(week.to_x(real)), seen) == pytest.approx(result["frechet_ratio"], rel=1e-3)
 
 
+def test_the_judges_find_real_digits_as_good_as_real_ones(tmp_path, monkeypatch, capsys):
+    import judges
+
+    x, y, *_ = week.load_mnist(str(tmp_path), True)
+    x = x[:, None] / 255
+    for name, pixels in ("same", x), ("dark", x / 2):
+        images, labels = judges.thousand(pixels, y, 0), y.new_tensor(range(10)).repeat_interleave(100)
+        (tmp_path / name).mkdir()
+        safetensors.torch.save_file(dict(images=images, labels=labels), tmp_path / name / "samples.safetensors")
+    folders = [str(tmp_path / name) for name in ("same", "dark")]
+    some = {name: judges.JUDGES[name] for name in ("two convolutions, dense", "normed, mean over places")}
+    monkeypatch.setattr(judges, "JUDGES", some)
+    monkeypatch.setattr("sys.argv", ["judges.py", "--tiny", "--data", str(tmp_path), *folders])
+    judges.main()
+    rows = capsys.readouterr().out.splitlines()[-2:]
+    for row, name in zip(rows, some, strict=True):
+        assert row.startswith(name)
+        same, dark = (float(cell.split("right, ")[1].split("|")[0]) for cell in row.split(" | ")[3:5])
+        assert same == 1 and dark > 1.1
+
+
 def test_a_broken_formula_fails_its_check(monkeypatch, capsys):
     right = week.mix
     for wrong in (
@@ -747,6 +776,6 @@ def test_a_broken_formula_fails_its_check(monkeypatch, capsys):
             week.run_checks()
         assert stop.value.code == 1 and "FAIL" in capsys.readouterr().out
     monkeypatch.setattr(week, "mix", right)
-    monkeypatch.setattr(week, "sample", lambda net, x, y, w, calls: x)
+    monkeypatch.setattr(week, "sample", lambda net, x, y, w, calls, eta: x)
     with pytest.raises(SystemExit):
         week.run_checks()
