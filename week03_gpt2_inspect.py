@@ -381,7 +381,7 @@ def main(cfg):
         (logits, stream, attention), theirs = gpt2(w, config, tokens), model(tokens)
         print_thoughts(w, bpe, ids[0], stream, gpt2(w, config, versus)[1])
     check("gpt2() == transformers' logits, at each token", [logits], [theirs.logits], 1e-4)
-    kept = [float(sum(t.nbytes for x in theirs.past_key_values.layers for t in (x.keys, x.values)))]
+    kept = [float(sum(t.nbytes for x in theirs[1].layers for t in (x.keys, x.values)))]     # logits, cache
     check("bytes of a KV cache == 2 L H S 4", kept, [2 * config.n_layer * H * S * 4], 0)
     written, rate, baseline = write(model, w, tokens, cfg)
     print(f"{bpe.decode(written)!r}{', which is noise: the weights are random' * (weights == 'random')}")

@@ -269,7 +269,7 @@ def test_a_cache_changes_nothing(gpt, parts):
         near(x[-1], stream[-1][:, now], 1e-12)
         near(maps[1], attention[1][:, :, now, :past], 1e-12)
     near(torch.cat(found, 1), whole, 1e-12)
-    for i, layer in enumerate(gpt.said.past_key_values.layers):
+    for i, layer in enumerate(gpt.said[1].layers):
         near(cache[i, 0, :, :, :T], layer.keys, 1e-10)
         near(cache[i, 1, :, :, :T], layer.values, 1e-10)
     assert cache[..., T:, :].isnan().all(), "more was written than there is"

@@ -445,7 +445,7 @@ def test_the_cache_needs_no_more_than_transformers_own():
     def theirs():
         cache, past, logits = transformers.DynamicCache(), 0, []
         for now in range(43, 49):
-            logits.append(gpt(tokens[:, past:now], past_key_values=cache, logits_to_keep=1).logits[0])
+            logits.append(gpt(tokens[:, past:now], cache, logits_to_keep=1).logits[0])
             past = now
         return cache, torch.cat(logits)
 
